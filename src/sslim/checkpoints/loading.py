@@ -1,0 +1,107 @@
+"""``load_model``: one entry for the native folder and every foreign format in the ``IMPORTERS`` table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sslim.checkpoints.importers import Imported, melhubert
+from sslim.checkpoints.native import DESCRIPTION, assemble, load_native
+from sslim.checkpoints.restricted_pickle import OPTIMISER_KEYS, CheckpointError, read_pickle
+from sslim.frontends import load_statistics
+from sslim.models import SpeechModel
+
+MAX_KEYS = 8  # top-level keys spelt out in an error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importer:
+    """A foreign format.
+
+    Attributes:
+        name: What people call it.
+        recognises: Whether the contents of a file (as ``read_pickle`` gives them) are of this format; looks at keys only.
+        convert: Contents and the file's name to a description and native tensors.
+        holds: The top-level keys that tell it, for the error about an unknown file.
+    """
+
+    name: str
+    recognises: Callable[[Any], bool]
+    convert: Callable[..., Imported]
+    holds: str
+
+
+def load_model(
+    path: str | Path, *, statistics: str | Path | None = None, subnet: str | Mapping[str, Any] | None = None
+) -> SpeechModel:
+    """Loads a model from a native folder or a foreign checkpoint.
+
+    Args:
+        path: A folder that ``save_model`` wrote, or a foreign checkpoint file.
+        statistics: Global mean and standard deviation for the front-end of a foreign file, which holds none: a published set
+            (``libri-100``, ``libri-360``, ``libri-960``) or a file. Without it features can be encoded, waveforms cannot.
+        subnet: Which part of a supernet.
+
+    Returns:
+        The model in eval mode on the CPU, with its provenance.
+
+    Raises:
+        CheckpointError: Not a checkpoint that can be read; the sentence says why.
+        ValueError: Unknown statistics, or statistics or a subnet for a model that has no use for them.
+        FileNotFoundError: There is nothing at ``path``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a model folder or a checkpoint file")
+    model = load_native(path) if path.is_dir() else _import_file(path)
+    if subnet is not None:
+        raise ValueError(f"{path} is no supernet: subnet {subnet!r} cannot be chosen, leave it out")
+    return model if statistics is None else _with_statistics(model, statistics, path)
+
+
+def _import_file(path: Path) -> SpeechModel:
+    if path.name == DESCRIPTION:
+        raise CheckpointError(f"{path} is the description of a model: give its folder {path.parent}")
+    contents = read_pickle(path, skip=OPTIMISER_KEYS)
+    for importer in IMPORTERS:
+        if importer.recognises(contents):
+            imported = importer.convert(contents, str(path))
+            provenance = [{"action": "import", "format": importer.name, "file": path.name, **imported.notes}]
+            return assemble(imported.config, imported.state, provenance, source=str(path))
+    raise CheckpointError(
+        f"{path} {_unknown(contents)}; known formats: {', '.join(f'{i.name} ({i.holds})' for i in IMPORTERS)}"
+    )
+
+
+def _unknown(contents: Any) -> str:
+    if melhubert.is_head_scores(contents):
+        return (
+            "is a MelHuBERT list of head scores (heads_and_score_*.ckpt), not a model: give the states_prune_*.ckpt beside it"
+        )
+    if not isinstance(contents, dict):
+        return f"holds a {type(contents).__name__}, not a dictionary with a model"
+    keys = [str(key)[:40] for key in contents]
+    more = f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
+    return f"is of no known format, its keys are {', '.join(keys[:MAX_KEYS]) or 'none'}{more}"
+
+
+def _with_statistics(model: SpeechModel, statistics: str | Path, path: Path) -> SpeechModel:
+    normalization = getattr(model.config.frontend, "normalization", None)
+    if model.frontend is None or normalization is None or normalization.kind != "global":
+        raise ValueError(f"{path} has a front-end without global statistics: leave statistics={str(statistics)!r} out")
+    mean_F, std_F, source = load_statistics(statistics)
+    model.set_statistics(mean_F, std_F, source=source)
+    model.provenance.append({"action": "set statistics", "source": source})
+    return model
+
+
+IMPORTERS = (
+    Importer(
+        name="MelHuBERT",
+        recognises=melhubert.recognises,
+        convert=melhubert.convert,
+        holds="model, Upstream_Config.melhubert or .hubert",
+    ),
+)

@@ -1,0 +1,1 @@
+"""The verbs of the command line: one file each, with `Options` (what tyro reads) and `main`. Nothing heavy at module level."""

@@ -1,0 +1,149 @@
+"""Checks of a corpus and its targets before hours are spent on them.
+
+Every check yields :class:`Problem` values: what is wrong, in one sentence with the offending utterance. ``sslim doctor`` looks
+at everything; a training run looks at a sample in its first seconds. A fatal problem stops a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sslim.data.corpus import Corpus
+from sslim.data.labels import LabelStore, align_labels
+
+DEAD_SHARE_WARNED = 0.05  # of the clusters; k-means on real speech leaves fewer than this unused
+DEAD_SHARE_REFUSED = 0.5
+MIN_CONSTANT_FRAMES = 50  # half a second of 10 ms labels with one and the same value is no speech
+SILENT_SPREAD = 1e-3  # log-Mel of digital silence is constant; the quietest real recordings vary by more than 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something wrong.
+
+    Attributes:
+        sentence: What, with the utterance and the numbers.
+        fatal: Whether training on it would be wasted.
+    """
+
+    sentence: str
+    fatal: bool = True
+
+
+def check_corpus(corpus: Corpus, indices: Sequence[int]) -> Iterator[Problem]:
+    """Checks features and statistics of the chosen utterances: empty, silent, constant or non-finite."""
+    if len(corpus) == 0:
+        yield Problem(sentence=f"corpus {corpus.name} holds no utterances")
+        return
+    if corpus.statistics is not None:
+        mean, std, source = corpus.statistics
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            yield Problem(
+                sentence=f"the mean and standard deviation of corpus {corpus.name} ({source}) are not finite and positive"
+            )
+    for i in indices:
+        if corpus.num_frames[i] == 0:
+            yield Problem(sentence=f"utterance {corpus.utterance(i).id} has no frames")
+            continue
+        features = np.asarray(corpus.features(i), dtype=np.float32)
+        if not np.isfinite(features).all():
+            frame = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+            yield Problem(sentence=f"utterance {corpus.utterance(i).id} has a non-finite feature at frame {frame}")
+        elif len(features) > 1 and float(features.std(axis=0).max()) < SILENT_SPREAD:
+            yield Problem(sentence=f"utterance {corpus.utterance(i).id} is silent: its {len(features)} frames are all the same")
+
+
+def check_label_set(corpus: Corpus, labels: LabelStore, *, frame_period_s: float) -> Iterator[Problem]:
+    """Checks what holds for the whole label set: where it comes from, its rate, its clusters."""
+    if labels.corpus_digest != corpus.digest:
+        yield Problem(
+            sentence=f"labels {labels.name} were made for another corpus than {corpus.name} "
+            f"(digest {labels.corpus_digest[:12]}, not {corpus.digest[:12]}): run `sslim cluster` on this one"
+        )
+    ratio = frame_period_s / labels.frame_period_s
+    if ratio < 0.999 or abs(ratio - round(ratio)) > 1e-3:
+        yield Problem(
+            sentence=f"labels {labels.name} last {1000 * labels.frame_period_s:g} ms and the model's frames "
+            f"{1000 * frame_period_s:g} ms: labels must have the same rate or a whole multiple of it"
+        )
+
+
+def check_labels(
+    corpus: Corpus, labels: LabelStore, indices: Sequence[int], *, frame_period_s: float, stack: int
+) -> Iterator[Problem]:
+    """Checks labels of the chosen utterances against their features: missing, of another length, constant, out of range."""
+    used = np.zeros(labels.num_clusters, dtype=bool)
+    for i in indices:
+        name = corpus.utterance(i).id
+        try:
+            values = labels.get(i)
+        except ValueError:
+            yield Problem(sentence=f"utterance {name} has no labels in {labels.name}")
+            continue
+        num_frames = -(-int(corpus.num_frames[i]) // stack)
+        try:
+            align_labels(values, label_period_s=labels.frame_period_s, frame_period_s=frame_period_s, num_frames=num_frames)
+        except ValueError as error:
+            yield Problem(sentence=f"utterance {name}: {error}")
+            continue
+        if len(values) and (int(values.min()) < 0 or int(values.max()) >= labels.num_clusters):
+            yield Problem(
+                sentence=f"utterance {name} has label {int(values.max())}, the clusters of {labels.name} "
+                f"are 0 to {labels.num_clusters - 1}"
+            )
+            continue
+        if len(values) >= MIN_CONSTANT_FRAMES and (values == values[0]).all():
+            yield Problem(sentence=f"utterance {name}: all its {len(values)} labels are {int(values[0])}")
+        used[values] = True
+    yield from _dead_clusters(labels, used, sum(int(corpus.num_frames[i]) for i in indices))
+
+
+def _dead_clusters(labels: LabelStore, used: np.ndarray, num_frames: int) -> Iterator[Problem]:
+    """Judged only where there are enough frames to have met every cluster (20 for each)."""
+    dead = np.flatnonzero(~used)
+    if num_frames < 20 * labels.num_clusters or len(dead) <= DEAD_SHARE_WARNED * labels.num_clusters:
+        return
+    yield Problem(
+        sentence=f"{len(dead)} of the {labels.num_clusters} clusters of {labels.name} are dead: no frame has them "
+        f"(for example {dead[0]}); cluster again with fewer",
+        fatal=len(dead) > DEAD_SHARE_REFUSED * labels.num_clusters,
+    )
+
+
+def examine(
+    corpus: Corpus,
+    labels: LabelStore | None,
+    *,
+    frame_period_s: float,
+    stack: int,
+    max_seconds: float | None = None,
+    seed: int = 0,
+) -> list[Problem]:
+    """Runs every check.
+
+    Args:
+        corpus: What is trained on.
+        labels: Its targets, if any.
+        frame_period_s: Seconds between the model's frames.
+        stack: Stored frames in one frame of the model.
+        max_seconds: Look at a random sample for at most this long; None looks at everything.
+        seed: Chooses the sample.
+    """
+    order = np.arange(len(corpus)) if max_seconds is None else np.random.default_rng(seed).permutation(len(corpus))
+    problems = [] if labels is None else list(check_label_set(corpus, labels, frame_period_s=frame_period_s))
+    started, block, seen = time.monotonic(), 256, []
+    if len(corpus) == 0:
+        return list(check_corpus(corpus, []))
+    for first in range(0, len(order), block):
+        part = order[first : first + block].tolist()
+        problems += check_corpus(corpus, part)
+        seen += part
+        if max_seconds is not None and time.monotonic() - started > max_seconds / 2:
+            break
+    if labels is not None and not any(problem.fatal for problem in problems):
+        problems += check_labels(corpus, labels, seen, frame_period_s=frame_period_s, stack=stack)
+    return problems

@@ -1,0 +1,121 @@
+"""Descriptions of front-ends: which features, which normalisation, how many frames stacked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Window = Literal["hamming", "povey", "hann", "rectangular", "blackman"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterbankConfig:
+    """Kaldi-compatible log-Mel filterbank (``compute-fbank-feats``; option names spelt out).
+
+    Attributes:
+        sample_rate: Hz.
+        num_mel_bins: Mel channels F.
+        frame_length_ms: Window length.
+        frame_shift_ms: Hop.
+        window: Window function.
+        preemphasis: Coefficient; 0 for none.
+        remove_dc: Subtract each frame's mean.
+        snip_edges: Only whole frames; False centres frames and reflects at the edges.
+        low_freq_hz: Lower edge of the first channel.
+        high_freq_hz: Upper edge of the last; 0 or below counts from the Nyquist frequency.
+        power: Power spectrum (True) or magnitude.
+        log: Natural logarithm, floored at float32 epsilon.
+        use_energy: Put log energy before the channels (F + 1 features).
+        raw_energy: Measure that energy before pre-emphasis and windowing.
+        waveform_scale: Factor on waveforms in [-1, 1]; 32768 for 16-bit scale.
+    """
+
+    kind: Literal["filterbank"] = "filterbank"
+    sample_rate: int = 16000
+    num_mel_bins: int = 40
+    frame_length_ms: float = 25.0
+    frame_shift_ms: float = 10.0
+    window: Window = "povey"
+    preemphasis: float = 0.97
+    remove_dc: bool = True
+    snip_edges: bool = True
+    low_freq_hz: float = 20.0
+    high_freq_hz: float = 0.0
+    power: bool = True
+    log: bool = True
+    use_energy: bool = False
+    raw_energy: bool = True
+    waveform_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MfccConfig:
+    """Kaldi-compatible MFCC (``compute-mfcc-feats``): DCT-II of the log filterbank, then liftering.
+
+    Attributes:
+        filterbank: The filterbank underneath (its ``use_energy`` replaces C0 by log energy).
+        num_coefficients: Cepstra kept, C0 first.
+        cepstral_lifter: Liftering constant; 0 for none.
+    """
+
+    kind: Literal["mfcc"] = "mfcc"
+    filterbank: FilterbankConfig = FilterbankConfig(num_mel_bins=23)
+    num_coefficients: int = 13
+    cepstral_lifter: float = 22.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrogramConfig:
+    """Kaldi-compatible log power spectrogram (``compute-spectrogram-feats``): bin 0 is replaced by log energy.
+
+    Attributes:
+        filterbank: Framing, window and scale; its Mel settings are not used.
+    """
+
+    kind: Literal["spectrogram"] = "spectrogram"
+    filterbank: FilterbankConfig = FilterbankConfig()
+
+
+FeaturesConfig = FilterbankConfig | MfccConfig | SpectrogramConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizationConfig:
+    """Mean and variance normalisation of features (after deltas).
+
+    Attributes:
+        kind: ``global`` uses stored statistics, ``utterance`` each utterance's own valid frames, ``none`` nothing.
+        statistics: Where the global statistics come from, e.g. ``libri-960``; None while they are missing.
+        unbiased: For ``utterance``: divide by T - 1 (S3PRL) instead of T.
+        eps: Added to the standard deviation.
+    """
+
+    kind: Literal["global", "utterance", "none"] = "none"
+    statistics: str | None = None
+    unbiased: bool = False
+    eps: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralFrontendConfig:
+    """Kaldi-style features, deltas, normalisation, stacking.
+
+    Attributes:
+        features: The per-frame transformation.
+        deltas: Orders of deltas appended (0, 1, 2).
+        delta_window: Frames on each side of a delta's regression.
+        normalization: Mean and variance normalisation.
+        stack: Frames concatenated into one.
+        stack_tail: What becomes of frames that do not fill a stack: ``pad`` with zeros (MelHuBERT) or ``drop`` (S3PRL).
+    """
+
+    kind: Literal["spectral"] = "spectral"
+    features: FeaturesConfig
+    deltas: int = 0
+    delta_window: int = 2
+    normalization: NormalizationConfig = NormalizationConfig()
+    stack: int = 1
+    stack_tail: Literal["pad", "drop"] = "pad"
+
+
+FrontendConfig = SpectralFrontendConfig  # becomes a union, told apart by ``kind``, with the convolutional front-end

@@ -1,0 +1,203 @@
+"""Frozen features of a corpus, computed once and kept for all classifiers: pooled by utterance, or frame by frame.
+
+What is probed is a ``Representation``: the layers of a model, or the log-Mel features themselves as one layer. Padding never
+reaches pooling or storage: a representation yields each utterance's valid frames alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslim.batch import Padded
+from sslim.data.corpus import Corpus
+from sslim.frontends import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig, build_frontend
+from sslim.models.encoding import DEFAULT_BATCH_S, corpus_inputs, encode_utterances, num_model_frames
+from sslim.models.speech import SpeechModel, build_model, restore_statistics
+
+IN_MEMORY_BYTES = 2**30  # larger frame stores go to an unlinked temporary file
+LOG_MEL = "log-Mel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Representation:
+    """Something that gives each utterance of a corpus one or more layers of frames.
+
+    Attributes:
+        name: For the table.
+        kind: ``model``, ``random`` or ``features``.
+        num_layers: L, the input of the first block included.
+        frame_shift_s: Seconds from one frame to the next.
+        num_parameters: Of the model without its heads; 0 for features.
+        num_frames: Corpus indices (n,) to frames (n,).
+        layers_of: Corpus indices (n,) to an iterator over (position, (L, T, D) float32), in any order.
+    """
+
+    name: str
+    kind: str
+    num_layers: int
+    frame_shift_s: float
+    num_parameters: int
+    num_frames: Callable[[np.ndarray], np.ndarray]
+    layers_of: Callable[[np.ndarray], Iterator[tuple[int, Tensor]]]
+
+
+def model_representation(
+    model: SpeechModel, corpus: Corpus, name: str, *, kind: str = "model", batch_s: float = DEFAULT_BATCH_S, bf16: bool = False
+) -> Representation:
+    """All N + 1 layers of a frozen model in eval mode."""
+
+    def layers_of(indices: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        inputs = corpus_inputs(model, corpus, indices)
+        for position, layers, _ in encode_utterances(model, inputs, batch_s=batch_s, bf16=bf16):
+            yield position, torch.stack(layers)
+
+    return Representation(
+        name=name,
+        kind=kind,
+        num_layers=model.num_layers + 1,
+        frame_shift_s=corpus.base_frame_shift_s if model.frontend is None else model.frontend.frame_shift_s,
+        num_parameters=model.num_parameters(with_heads=False),
+        num_frames=lambda indices: num_model_frames(model, corpus_inputs(model, corpus, indices)),
+        layers_of=layers_of,
+    )
+
+
+def randomised(model: SpeechModel, seed: int) -> SpeechModel:
+    """Returns a model of the same description and statistics with newly drawn parameters and no heads."""
+    drawn = build_model(replace(model.config, heads={}), torch.Generator().manual_seed(seed))
+    restore_statistics(drawn, model.state_dict())
+    return drawn.to(next(model.parameters()).device)
+
+
+def log_mel_representation(corpus: Corpus, *, pooled: bool, stack: int = 1) -> Representation:
+    """The corpus's own features as one layer; features are computed with Kaldi's defaults where it stores none.
+
+    Global normalisation is left out, since the probe standardises every channel anyway. So is normalisation by utterance where
+    features are pooled: the mean of mean-normalised features is nothing but zeros.
+
+    Args:
+        corpus: Where from.
+        pooled: Whether utterances will be pooled.
+        stack: Base frames in a frame, so that frames are those of the model in the same table; 1 when pooled.
+    """
+    config = corpus.frontend_config or SpectralFrontendConfig(features=FilterbankConfig(sample_rate=corpus.sample_rate))
+    kind = config.normalization.kind
+    normalization = NormalizationConfig() if pooled or kind == "global" else config.normalization
+    frontend = build_frontend(replace(config, normalization=normalization, stack=1 if pooled else stack))
+
+    def base(index: int) -> Padded:
+        if corpus.base_dim:
+            values = torch.from_numpy(np.asarray(corpus.features(index), dtype=np.float32))
+            return Padded(values=values[None], lengths=torch.tensor([len(values)]))
+        samples = torch.from_numpy(corpus.waveform(index))
+        return frontend.base_features(samples[None], torch.tensor([len(samples)]))
+
+    def layers_of(indices: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        for position, index in enumerate(indices.tolist()):
+            with torch.inference_mode():
+                yield position, frontend.finish(base(index)).values
+
+    def num_frames(indices: np.ndarray) -> np.ndarray:
+        if corpus.base_dim:
+            return np.array([frontend.num_stacked_frames(n) for n in corpus.num_frames[indices].tolist()], dtype=np.int64)
+        return np.array([frontend.num_frames(n) for n in corpus.num_samples[indices].tolist()], dtype=np.int64)
+
+    return Representation(
+        name=LOG_MEL,
+        kind="features",
+        num_layers=1,
+        frame_shift_s=frontend.frame_shift_s,
+        num_parameters=0,
+        num_frames=num_frames,
+        layers_of=layers_of,
+    )
+
+
+def mean_pooling(x_LTD: Tensor) -> Tensor:
+    """Returns (L, D), the mean over frames."""
+    return x_LTD.mean(1)
+
+
+def mean_std_pooling(x_LTD: Tensor) -> Tensor:
+    """Returns (L, 2 D), mean and (population) standard deviation over frames."""
+    return torch.cat([x_LTD.mean(1), x_LTD.std(1, correction=0)], dim=-1)
+
+
+POOLINGS = {"mean": mean_pooling, "mean-std": mean_std_pooling}
+
+
+def _checked(x_LTD: Tensor, representation: Representation, corpus: Corpus, index: int) -> Tensor:
+    if not bool(torch.isfinite(x_LTD).all()):
+        utterance = corpus.utterance(int(index)).id
+        raise ValueError(f"{representation.name} gives non-finite features for utterance {utterance}, so it cannot be probed")
+    return x_LTD
+
+
+def pooled_features(representation: Representation, corpus: Corpus, indices: np.ndarray, pooling: str) -> Tensor:
+    """Returns (L, n, P) float32: each utterance pooled over its valid frames, layer by layer.
+
+    Args:
+        representation: What to compute.
+        corpus: Where from.
+        indices: (n,) utterances, each with at least one frame.
+        pooling: A name in ``POOLINGS``.
+
+    Raises:
+        ValueError: Features that are not finite.
+    """
+    pool = POOLINGS[pooling]
+    store: Tensor | None = None
+    for position, x_LTD in representation.layers_of(indices):
+        row_LP = pool(_checked(x_LTD, representation, corpus, indices[position]))
+        if store is None:
+            store = torch.empty(len(row_LP), len(indices), row_LP.shape[-1])
+        store[:, position] = row_LP
+    assert store is not None, "pooled_features needs at least one utterance"
+    return store
+
+
+def _frame_store(shape: tuple[int, ...]) -> Tensor:
+    if 2 * int(np.prod(shape)) <= IN_MEMORY_BYTES:
+        return torch.empty(shape, dtype=torch.float16)
+    with tempfile.TemporaryFile() as file:  # the mapping outlives the file's name and goes with the tensor
+        return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))
+
+
+def frame_features(representation: Representation, corpus: Corpus, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Returns (L, N, D) float16 frames of all utterances end to end, and (n + 1,) offsets of the utterances.
+
+    Args:
+        representation: What to compute.
+        corpus: Where from.
+        indices: (n,) utterances; see :func:`choose_utterances` for a cap.
+
+    Raises:
+        ValueError: Features that are not finite in float16, or whose number differs from what was announced.
+    """
+    offsets = np.concatenate([[0], np.cumsum(representation.num_frames(indices))])
+    store: Tensor | None = None
+    for position, x_LTD in representation.layers_of(indices):
+        start, stop = int(offsets[position]), int(offsets[position + 1])
+        if x_LTD.shape[1] != stop - start:
+            utterance = corpus.utterance(int(indices[position])).id
+            raise ValueError(f"{utterance}: {representation.name} gives {x_LTD.shape[1]} frames, {stop - start} were expected")
+        if store is None:
+            store = _frame_store((len(x_LTD), int(offsets[-1]), x_LTD.shape[-1]))
+        store[:, start:stop] = _checked(x_LTD.half(), representation, corpus, indices[position])
+    assert store is not None, "frame_features needs at least one utterance"
+    return store, offsets
+
+
+def choose_utterances(num_frames: np.ndarray, max_frames: int | None, seed: int) -> np.ndarray:
+    """Returns sorted positions of whole utterances, at least one, drawn by ``seed`` until ``max_frames`` are reached."""
+    if max_frames is None or num_frames.sum() <= max_frames:
+        return np.arange(len(num_frames))
+    order = np.random.default_rng(seed).permutation(len(num_frames))
+    count = int(np.searchsorted(np.cumsum(num_frames[order]), max_frames, side="right"))
+    return np.sort(order[: max(count, 1)])

@@ -1,0 +1,108 @@
+"""Several processes under ``torchrun``: who is who, and the few things they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes of this run; the default is one alone.
+
+    Attributes:
+        rank: This process.
+        world_size: All of them.
+        local_rank: This process on its machine; chooses the GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and messages."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds a tensor up over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def maximum(self, values: list[float], device: torch.device) -> list[float]:
+        """Returns the largest of each value over the processes."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns every process's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Returns the main process's value."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait(self) -> None:
+        """Waits until all have come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def pick_device(name: str, processes: Processes) -> torch.device:
+    """Turns ``auto``, ``cpu`` or ``cuda`` into this process's device.
+
+    Raises:
+        ValueError: Another name, or CUDA is asked for and missing.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not one of 'auto', 'cpu', 'cuda'")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device 'cuda' is asked for, but torch finds no CUDA device; use 'cpu' or 'auto'")
+    return torch.device("cuda", processes.local_rank)
+
+
+@contextmanager
+def join_processes(device: str = "auto") -> Iterator[Processes]:
+    """Joins the other processes that ``torchrun`` started; alone without it.
+
+    Args:
+        device: As for ``pick_device``; CUDA uses NCCL, the CPU gloo.
+    """
+    processes = Processes(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+    if processes.world_size == 1:
+        yield processes
+        return
+    place = pick_device(device, processes)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield processes
+    finally:
+        dist.destroy_process_group()
