@@ -65,7 +65,7 @@ class Options:
     threads: int = 0
     seed: int | None = None
     tensorboard: bool = False
-    set: tuple[str, ...] = ()
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
 
 # Flag -> dotted key of the recipe; None means the flag was not given.

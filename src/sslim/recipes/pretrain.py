@@ -91,12 +91,14 @@ def split_utterances(corpus: Corpus, data: DataConfig, seed: int) -> tuple[np.nd
     if data.train_splits is not None:
         train = _chosen(corpus, lambda split: split in data.train_splits)  # type: ignore[operator]
     else:
-        train = _chosen(corpus, lambda split: split not in HELD_OUT_SPLITS and split != valid_split)
+        held_out_splits = {*HELD_OUT_SPLITS, valid_split} - {None}
+        train = _chosen(corpus, lambda split: split not in held_out_splits)
     if valid_split is not None:
         valid = _chosen(corpus, lambda split: split == valid_split)
     else:
         order = np.random.default_rng([seed, 1]).permutation(len(train))
-        held_out = np.sort(order[: int(data.valid_share * len(train))])
+        least = 1 if data.valid_share and len(train) >= 10 else 0
+        held_out = np.sort(order[: max(least, int(data.valid_share * len(train)))])
         valid, train = train[held_out], np.delete(train, held_out)
     duration_s = corpus.num_frames * corpus.base_frame_shift_s
     keep = duration_s[train] > data.min_s
@@ -165,6 +167,14 @@ def _check_labels(corpus: Corpus, labels: LabelStore, model: SpeechModel) -> lis
     return [problem.sentence for problem in problems]
 
 
+def _without_statistics(config: ModelConfig) -> ModelConfig:
+    """A recipe read from a run names the statistics of that run's corpus, but does not hold them."""
+    frontend = config.frontend
+    if frontend is None:
+        return config
+    return replace(config, frontend=replace(frontend, normalization=replace(frontend.normalization, statistics=None)))
+
+
 def initial_model(
     recipe: PretrainRecipe, corpus: Corpus, labels: LabelStore, *, init_from: Path | None, keep_head: bool
 ) -> SpeechModel:
@@ -179,7 +189,7 @@ def initial_model(
     generator = torch.Generator().manual_seed(recipe.training.seed)
     head = replace(recipe.model.heads[HEAD], num_clusters=labels.num_clusters)
     if init_from is None:
-        model = build_model(replace(recipe.model, heads={**recipe.model.heads, HEAD: head}), generator)
+        model = build_model(_without_statistics(replace(recipe.model, heads={**recipe.model.heads, HEAD: head})), generator)
     else:
         model = load_model(init_from)
         old = model.config.heads.get(HEAD)

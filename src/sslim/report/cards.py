@@ -103,19 +103,19 @@ def card_section(path: Path, *, name: str) -> Markup:
         parts.append(element("p", "; ".join(said) + ".", class_="muted"))
     if not rows:
         return join([*parts, element("p", "The card has no rows.", class_="muted")])
-    metric, factor = str(card.get("metric", "score")), 1.0
+    metric, factor, places = str(card.get("metric", "score")), 1.0, 3
     if metric == "accuracy" and all(abs(score) <= 1 for row in rows for score in row.scores):
-        metric, factor = "accuracy in %", 100.0
+        metric, factor, places = "accuracy in %", 100.0, 1
     caption = f"Test {metric}; whiskers are one standard deviation over {_counts(rows)}. Baselines are pale."
     if isinstance(card.get("chance"), int | float):
-        caption += f" The most frequent class alone gives {figures.score(factor * card['chance'])}."
-    picture = figures.bars([_bar(row, factor) for row in _best_of_each(rows)], unit=metric, name=name)
+        caption += f" The most frequent class alone gives {figures.score(factor * card['chance'], None, places)}."
+    picture = figures.bars([_bar(row, factor) for row in _best_of_each(rows)], unit=metric, places=places, name=name)
     parts.append(_figure(picture, caption))
     if layered := _layers(rows, factor):
         picture = figures.curves(layered, title=f"{metric} by layer", x_label="layer", name=f"{name}-layers")
         whose = f" All layers are of {layered[0].name}." if len(layered) == 1 else ""
         parts.append(_figure(picture, f"Layer 0 is what enters the first block.{whose}"))
-    return join([*parts, _table(rows, metric, factor), details("About this card", _about(card, path))])
+    return join([*parts, _table(rows, metric, factor, places), details("About this card", _about(card, path))])
 
 
 def _bar(row: Row, factor: float) -> figures.Bar:
@@ -152,11 +152,11 @@ def _layers(rows: list[Row], factor: float) -> list[figures.Curve]:
     return [figures.Curve(name=name, x=list(p), y=list(p.values()), markers=True) for name, p in list(many.items())[:6]]
 
 
-def _table(rows: list[Row], metric: str, factor: float) -> Markup:
+def _table(rows: list[Row], metric: str, factor: float, places: int) -> Markup:
     cells = []
     for row in rows:
-        dev = "" if row.dev is None else figures.score(factor * row.dev)
-        test = figures.score(factor * row.mean, None if row.sd is None else factor * row.sd)
+        dev = "" if row.dev is None else figures.score(factor * row.dev, None, places)
+        test = figures.score(factor * row.mean, None if row.sd is None else factor * row.sd, places)
         cells.append([row.name, row.num_parameters or "", row.layer, dev, test, len(row.scores)])
     best = max(range(len(rows)), key=lambda i: (rows[i].kind == MODEL, rows[i].mean))
     return table(["features", "parameters", "layer", f"dev {metric}", "test, mean ± sd", "seeds"], cells, best=best)

@@ -29,7 +29,16 @@ def corpus_section(path: Path) -> Markup:
     from sslim.data.corpus import Corpus
 
     corpus = Corpus.open(path)
-    return join([element("h2", f"Corpus {corpus.name}"), facts(corpus_facts(corpus)), quality(corpus), quarantine(corpus)])
+    origin = "none" if corpus.statistics is None else corpus.statistics[2]
+    statistics = element("p", f"Mean and standard deviation of the features: {origin}.", class_="muted")
+    parts = [
+        element("h2", f"Corpus {corpus.name}"),
+        facts(corpus_facts(corpus)),
+        statistics,
+        quality(corpus),
+        quarantine(corpus),
+    ]
+    return join(parts)
 
 
 def corpus_facts(corpus: Corpus) -> list[tuple[str, Any]]:
@@ -41,8 +50,6 @@ def corpus_facts(corpus: Corpus) -> list[tuple[str, Any]]:
         distinct = {value for value in corpus.column(column) if value is not None}
         found += [(label, len(distinct))] if distinct else []
     found.append(("quarantined", corpus.num_quarantined))
-    if corpus.statistics is not None:
-        found.append(("mean and deviation from", corpus.statistics[2]))
     return found
 
 
@@ -72,5 +79,6 @@ def quarantine(corpus: Corpus) -> Markup | None:
     reasons = Counter(str(entry.get("reason", "")) for entry in bad)
     rows = [[str(entry.get("path", "")), str(entry.get("reason", ""))] for entry in bad[:MAX_BAD]]
     caption = f"The first {MAX_BAD} of {len(bad)}." if len(bad) > MAX_BAD else ""
-    summary = f"{len(bad)} {'file was' if len(bad) == 1 else 'files were'} set aside, for {len(reasons)} {'reason' if len(reasons) == 1 else 'reasons'}"
+    files = "1 file was" if len(bad) == 1 else f"{len(bad)} files were"
+    summary = f"{files} set aside, for {len(reasons)} {'reason' if len(reasons) == 1 else 'reasons'}"
     return details(summary, table(["file", "reason"], rows, caption=caption))

@@ -73,12 +73,14 @@ class Curve:
         x: Positions, rising.
         y: Values; those that are not finite are left out.
         markers: Few points, so each is marked.
+        dashed: For validation; it has the colour of the full line of the same name.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     markers: bool = False
+    dashed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ def curves(
     """Draws lines in one panel.
 
     Args:
-        lines: Up to six; empty ones are skipped.
+        lines: Up to six names; empty ones are skipped.
         title: Above the panel.
         x_label: Below it.
         name: Unique on the page; starts the ids inside the picture.
@@ -119,10 +121,13 @@ def curves(
 
     with _drawing(4.9, 2.75) as figure:
         axes = figure.subplots()
-        for line, colour in zip(lines, SERIES, strict=False):
+        colours = dict(zip(dict.fromkeys(line.name for line in lines), SERIES, strict=False))
+        for line in lines:
             x, y = _thinned(line.x, line.y)
-            if len(x):
-                axes.plot(x, y, color=colour, label=_plain(line.name), marker="o" if line.markers else "", markersize=3.5)
+            style: dict[str, Any] = {"linestyle": "--" if line.dashed else "-", "markersize": 3.5}
+            style["marker"] = "o" if line.markers else ""
+            if len(x) and line.name in colours:
+                axes.plot(x, y, color=colours[line.name], label=_plain(line.name), **style)
         if scale == "zero":
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if min((min(line.y) for line in lines), default=0.0) < 0 else 0.0)
         elif scale == "log" and all(v > 0 for line in lines for v in line.y):
@@ -130,21 +135,33 @@ def curves(
             for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5), numticks=20))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
         axes.set_title(_plain(title))
         axes.set_xlabel(_plain(x_label))
         axes.margins(x=0.02)
-        if len(lines) > 1:
-            axes.legend(loc="best", handlelength=1.2)
+        if len(colours) > 1:
+            handles, names = axes.get_legend_handles_labels()
+            first = {name: handle for handle, name in reversed(list(zip(handles, names, strict=True)))}
+            shown = [_plain(name) for name in colours if _plain(name) in first]
+            axes.legend(
+                [first[name] for name in shown],
+                shown,
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.2),
+                ncols=min(3, len(shown)),
+                handlelength=1.2,
+                columnspacing=1.2,
+            )
         return _svg(figure, name, title)
 
 
-def bars(values: Sequence[Bar], *, unit: str = "", name: str = "bars") -> Markup:
+def bars(values: Sequence[Bar], *, unit: str = "", places: int = 1, name: str = "bars") -> Markup:
     """Draws horizontal bars, the first on top, each with its figure beside it.
 
     Args:
         values: Bars; baselines are paler.
         unit: What the values are, under the axis.
+        places: Decimal places of the figures.
         name: Unique on the page.
     """
     with _drawing(7.6, 0.75 + 0.36 * len(values)) as figure:
@@ -155,7 +172,9 @@ def bars(values: Sequence[Bar], *, unit: str = "", name: str = "bars") -> Markup
             axes.barh(row, bar.value, height=0.62, color=colour, alpha=strength, linewidth=0)
             if bar.sd is not None:
                 axes.errorbar(bar.value, row, xerr=bar.sd, color=INK, capsize=3, linewidth=1, fmt="none")
-            axes.text(bar.value + (bar.sd or 0.0) + 0.012 * longest, row, score(bar.value, bar.sd), va="center", fontsize=9)
+            axes.text(
+                bar.value + (bar.sd or 0.0) + 0.012 * longest, row, score(bar.value, bar.sd, places), va="center", fontsize=9
+            )
         axes.set_yticks(range(len(values)), [_plain(bar.name) for bar in values], color=INK)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(min(0.0, *(bar.value for bar in values)) if values else 0.0, longest * 1.16 or 1.0)
@@ -166,9 +185,8 @@ def bars(values: Sequence[Bar], *, unit: str = "", name: str = "bars") -> Markup
         return _svg(figure, name, f"bars: {unit}")
 
 
-def score(mean: float, sd: float | None = None) -> str:
-    """Returns a score and its deviation with as many places as its kind needs: fractions three, percentages and others one."""
-    places = 3 if abs(mean) <= 1.5 else 1
+def score(mean: float, sd: float | None = None, places: int = 1) -> str:
+    """Returns a score and its deviation."""
     return f"{mean:.{places}f}" + (f" ± {sd:.{places}f}" if sd is not None else "")
 
 

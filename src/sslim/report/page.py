@@ -20,6 +20,7 @@ from sslim.storage import write_text_atomically
 MAX_EVENTS = 40
 SPEED = ("per_s", "per_second", "speed")
 Scale = Literal["free", "zero", "log"]
+KINDS = {"train": "training", "valid": "validation (dashed)"}
 PANELS: tuple[tuple[str, tuple[str, ...], Scale], ...] = (
     ("Loss", ("loss",), "free"),
     ("Accuracy", ("accuracy",), "zero"),
@@ -155,8 +156,8 @@ def run_section(run: Run, *, name: str) -> Markup:
     return join(parts)
 
 
-def _curve(name: str, points: dict[int, float]) -> figures.Curve:
-    return figures.Curve(name=name, x=list(points), y=list(points.values()), markers=len(points) <= 30)
+def _curve(name: str, points: dict[int, float], *, dashed: bool = False) -> figures.Curve:
+    return figures.Curve(name=name, x=list(points), y=list(points.values()), markers=len(points) <= 30, dashed=dashed)
 
 
 def _panel(run: Run, title: str, words: tuple[str, ...], scale: Scale, name: str) -> Markup | None:
@@ -164,15 +165,15 @@ def _panel(run: Run, title: str, words: tuple[str, ...], scale: Scale, name: str
     if not keys:
         return None
     several = {kind for kind, _ in keys} == {"train", "valid"}
-    lines = [_curve(_label(kind, metric, several), run.curves[kind, metric]) for kind, metric in keys[:6]]
-    last = "; ".join(f"{_label(kind, metric, several)} {number(run.last(kind, metric))}" for kind, metric in keys)
-    return element(
-        "figure", figures.curves(lines, title=title, name=name, scale=scale), element("figcaption", f"Last: {last}.")
-    )
+    lines = [_curve(_label(metric), run.curves[kind, metric], dashed=several and kind == "valid") for kind, metric in keys]
+    picture = figures.curves(lines, title=title, name=name, scale=scale)
+    last = {kind: ", ".join(_label(m) + " " + number(run.last(k, m)) for k, m in keys if k == kind) for kind in KINDS}
+    caption = "; ".join(f"{KINDS[kind]}: {said}" if several else said for kind, said in last.items() if said)
+    return element("figure", picture, element("figcaption", f"Last values: {caption}."))
 
 
-def _label(kind: str, metric: str, several: bool) -> str:
-    return f"{metric.replace('_', ' ')}, {kind}" if several else metric.replace("_", " ")
+def _label(metric: str) -> str:
+    return {"lr": "learning rate"}.get(metric, metric.replace("_", " "))
 
 
 def _rest(run: Run, keys: Sequence[tuple[str, str]]) -> Markup | None:

@@ -111,7 +111,7 @@ def test_the_page_shows_the_figures(page_text):
     text = " ".join(" ".join(check(page_text).text).split())
     for shown in (
         "demo-run", "other-run", "57.2 ± 0.1", "77.5 ± 1.4", "class alone gives 10.0", "spoken digits",
-        "each speaker left out", "log-Mel", "random weights", "2,345,678", "Last: learning rate 0.0005.",
+        "each speaker left out", "log-Mel", "random weights", "2,345,678", "Last values: learning rate 0.0005.",
         "batch 17 was skipped", "bytes: 1,234,567", "model.encoder.dim", "192",
         "14 of 35 hidden frames are predicted right", "115 of 115 visible frames", "oʊ", "synthetic/0001",
         "Runs compared",
