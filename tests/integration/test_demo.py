@@ -26,15 +26,15 @@ def test_the_demo_tells_the_whole_story_and_goes_on(tmp_path, capsys):
     page = (output / "report.html").read_text(encoding="utf-8")
     for shown in ("phones on", "speaker on", "log-Mel", "random weights", "One utterance", "predictions", "Targets"):
         assert shown in page
-    card = json.loads((output / "pretrain" / "cards" / "phones.json").read_text(encoding="utf-8"))
+    card = json.loads((output / "melhubert-mini" / "cards" / "phones.json").read_text(encoding="utf-8"))
     assert {row["kind"] for row in card["rows"]} == {"features", "random", "model"}
 
-    model = (output / "pretrain" / "model" / "model.safetensors").read_bytes()
-    (output / "pretrain" / "cards" / "speaker.json").unlink()  # as if it had been stopped there
+    model = (output / "melhubert-mini" / "model" / "model.safetensors").read_bytes()
+    (output / "melhubert-mini" / "cards" / "speaker.json").unlink()  # as if it had been stopped there
     again = run(output, capsys)
     assert again.count("done before, skipped") == 3  # cluster, pretrain, phones
-    assert (output / "pretrain" / "cards" / "speaker.json").is_file()
-    assert (output / "pretrain" / "model" / "model.safetensors").read_bytes() == model
+    assert (output / "melhubert-mini" / "cards" / "speaker.json").is_file()
+    assert (output / "melhubert-mini" / "model" / "model.safetensors").read_bytes() == model
 
 
 def test_the_demo_on_ones_own_audio(tmp_path, capsys):

@@ -84,7 +84,9 @@ def test_the_same_command_on_a_finished_run_changes_nothing(corpus: Corpus, fini
     assert (finished / "model" / "digests.json").read_text() == digest
 
 
-def test_other_settings_in_the_same_folder_are_refused(corpus: Corpus, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_in_the_same_folder_are_refused(
+    corpus: Corpus, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(*TINY, corpus.path, "--labels", "made", "--output", finished, "--seed", "7") == 2
     assert "seed = 0, this command asks for 7" in capsys.readouterr().err
 
@@ -221,7 +223,10 @@ def test_melhuberts_yaml_files_run_as_they_are(tmp_path: Path) -> None:
     assert model.frontend.frame_shift_s == pytest.approx(0.02)
     torch.testing.assert_close(model.frontend.mean, torch.full((40,), 13.0))
     settings = json.loads((output / "run.json").read_text())["recipe"]
-    assert settings["objective"]["masking"] | {"probability": 0.7, "span_length": 5, "edges": "reference"} == settings["objective"]["masking"]
+    assert (
+        settings["objective"]["masking"] | {"probability": 0.7, "span_length": 5, "edges": "reference"}
+        == settings["objective"]["masking"]
+    )
     records = [record for record in read_metrics(output / "metrics.jsonl") if record["kind"] == "train"]
     assert records[-1]["step"] == 4  # 12 utterances by 4 are 3 micro-batches, 2 of them a step: 2 steps an epoch, 2 epochs
     assert abs(records[0]["masked_loss"] - math.log(512)) < 0.7

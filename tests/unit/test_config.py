@@ -45,7 +45,7 @@ def test_unions_are_told_apart_by_kind() -> None:
         assert from_plain(ModelConfig, to_plain(changed)) == changed
     frontend = SpectralFrontendConfig(features=MfccConfig(filterbank=FilterbankConfig(num_mel_bins=30)))
     assert from_plain(SpectralFrontendConfig, to_plain(frontend)) == frontend
-    with pytest.raises(ConfigError, match="features: kind is 'filterbnk', expected one of filterbank, mfcc, spectrogram; did you mean"):
+    with pytest.raises(ConfigError, match="features: kind is 'filterbnk', expected one of filterbank, mfcc, spectrogram; did"):
         from_plain(SpectralFrontendConfig, {"features": {"kind": "filterbnk"}})
 
 
@@ -82,5 +82,5 @@ def test_override_is_as_strict() -> None:
 
 def test_a_file_that_is_no_json_is_named(tmp_path) -> None:
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ConfigError, match="a.json is not a JSON file"):
+    with pytest.raises(ConfigError, match=r"a\.json is not a JSON file"):
         read_json(tmp_path / "a.json")

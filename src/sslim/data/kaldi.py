@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -269,15 +269,14 @@ def _read_segments(path: Path) -> dict[str, tuple[str, float, float | None]]:
     return segments
 
 
-def _audio_utterance(
-    key: str, entry: ScpEntry, start_s: float, duration_s: float | None, **fields: str | None
-) -> SourceUtterance:
+def _with_audio(utterance: SourceUtterance, entry: ScpEntry, start_s: float, duration_s: float | None) -> SourceUtterance:
+    """Adds the audio; where there is none, adds a reading that fails, so that the utterance goes into quarantine."""
     problem = entry.problem
     if problem is None and entry.offset is not None:
-        problem = f"{key}: the audio is inside the archive {entry.path} at byte {entry.offset}, extract it to a file first"
-    if problem is not None:  # an utterance without audio whose reading fails, so that preparation puts it into quarantine
-        return SourceUtterance(id=key, read_features=partial(_refuse, problem), **fields)
-    return SourceUtterance(id=key, audio=entry.path, start_s=start_s, duration_s=duration_s, **fields)
+        problem = f"{utterance.id}: the audio is inside {entry.path} at byte {entry.offset}, extract it to a file first"
+    if problem is not None:
+        return replace(utterance, read_features=partial(_refuse, problem))
+    return replace(utterance, audio=entry.path, start_s=start_s, duration_s=duration_s)
 
 
 def _audio_set(folder: Path, locate: Locator, split: str | None) -> list[SourceUtterance]:
@@ -294,9 +293,8 @@ def _audio_set(folder: Path, locate: Locator, split: str | None) -> list[SourceU
     for key, (recording, start_s, duration_s) in segments.items():
         missing = ScpEntry(recording, Path(), problem=f"{key}: its recording {recording!r} is not in {folder / 'wav.scp'}")
         entry = recordings.get(recording, missing)
-        utterances.append(
-            _audio_utterance(key, entry, start_s, duration_s, speaker=speakers.get(key), text=texts.get(key), split=split)
-        )
+        plain = SourceUtterance(id=key, speaker=speakers.get(key), text=texts.get(key), split=split)
+        utterances.append(_with_audio(plain, entry, start_s, duration_s))
     return utterances
 
 

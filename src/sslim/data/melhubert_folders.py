@@ -1,15 +1,11 @@
-"""Data folders of MelHuBERT and of S3PRL as sources: Kaldi features with ``.bas`` labels, and CSV lists of ``.npy`` files.
+"""Data folders of MelHuBERT as a source: Kaldi features with ``.bas`` labels and the sums for their mean and deviation.
 
-Two traps of these layouts are handled here. The length in a CSV counts frames of the label file, which are 10 ms or 20 ms long; it
-is never used as a number of feature frames. Paths in lists are absolute ones of the machine that wrote them; they are found again
-by their last two components.
-
-Shape suffixes: ``T`` frames, ``F`` features.
+Layouts: ``train-clean-360.scp`` beside ``*.bas``, ``*.bas.scp`` and ``*.mean-var``; or ``fbank/`` with the features beside
+folders with labels (``kmeans/``, ``stage2-cluster-20ms/``). Archives may have been moved, they are then found by name.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sslim.data.ark import KaldiError
 from sslim.data.kaldi import (
     Locator,
     ScpEntry,
@@ -30,23 +25,13 @@ from sslim.data.kaldi import (
     read_matrix,
     read_scp,
 )
+from sslim.data.label_layout import NUM_CLUSTERS, NUM_VERIFIED, LayoutError, check_labels, period_in_name
+from sslim.data.label_layout import label_period_s as find_label_period_s
 from sslim.data.sources import Source, SourceLabels, SourceUtterance
-from sslim.frontends.config import FilterbankConfig, SpectralFrontendConfig
-
-NUM_CLUSTERS = 512
-FRAME_SHIFT_S = 0.01
-LABEL_PERIODS_S = {0.01: 1, 0.02: 2}  # seconds of a label: feature frames it covers
-MIN_FRAMES_TO_TELL = 8  # shorter utterances fit both periods within the tolerance of one frame
-NUM_VERIFIED = 50
-S3PRL_SLOW_FEATURES = ("mel", "linear")  # 50 ms windows every 12.5 ms; its fbank and mfcc have 25 ms every 10 ms
-
-
-class LayoutError(ValueError):
-    """A data folder or list that cannot be read; the message says where and what was found."""
 
 
 def read_mean_var(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a ``.mean-var`` text file: line 1 sums, line 2 sums of squares, both as ``[a, b, ...]``, line 3 the number of frames.
+    """Reads a ``.mean-var`` text file: ``[sums]``, ``[sums of squares]`` and the number of frames, each on a line.
 
     Returns:
         Mean and population standard deviation (F,) float64.
@@ -91,59 +76,7 @@ def read_label_line(entry: ScpEntry, num_clusters: int = NUM_CLUSTERS) -> np.nda
         labels = np.array([int(word) for word in line.split()], dtype=np.int64)
     except (ValueError, OverflowError):
         raise LayoutError(f"{where}: expected a line of whole numbers, found {line[:30]!r}") from None
-    return _check_labels(labels, num_clusters, where)
-
-
-def _check_labels(labels: np.ndarray, num_clusters: int, where: str) -> np.ndarray:
-    if labels.ndim != 1 or len(labels) == 0 or labels.dtype.kind not in "iu":
-        raise LayoutError(f"{where}: expected a vector of whole numbers, found {labels.dtype} of shape {labels.shape}")
-    if labels.min() < 0 or labels.max() >= num_clusters:
-        bad = labels[(labels < 0) | (labels >= num_clusters)][0]
-        raise LayoutError(f"{where}: the label {bad} is not within 0 to {num_clusters - 1}")
-    return labels.astype(np.int64)
-
-
-def label_period_s(lengths: Sequence[tuple[str, int, int]], *, declared_s: float | None, name: str) -> float:
-    """Tells a label set's frame period and verifies it on utterances.
-
-    Args:
-        lengths: (utterance, feature frames of 10 ms, labels).
-        declared_s: What the user or a folder's name says; None to find out.
-        name: Of the label set, for errors.
-
-    Returns:
-        0.01 or 0.02.
-
-    Raises:
-        LayoutError: An utterance fits neither period, not the declared one, or another than the ones before.
-    """
-    if declared_s is not None and declared_s not in LABEL_PERIODS_S:
-        raise LayoutError(f"labels {name}: a label covers 0.01 or 0.02 s, not {declared_s}")
-    period, witness = declared_s, "declared" if declared_s is not None else ""
-    for utterance, num_frames, num_labels in lengths:
-        if num_frames < MIN_FRAMES_TO_TELL:
-            continue
-        fits = [s for s, ratio in LABEL_PERIODS_S.items() if abs(num_labels - -(-num_frames // ratio)) <= 1]
-        if not fits:
-            raise LayoutError(
-                f"labels {name}: {utterance} has {num_labels} labels for {num_frames} frames of 10 ms, which is neither one for"
-                " every frame nor one for every two"
-            )
-        if period is None:
-            period, witness = fits[0], f"as in {utterance}"
-        elif period not in fits:
-            raise LayoutError(
-                f"labels {name}: {utterance} has {num_labels} labels for {num_frames} frames of 10 ms, so one covers {fits[0]} s, not"
-                f" {period} s ({witness})"
-            )
-    if period is None:
-        raise LayoutError(f"labels {name}: no utterance is long enough to tell whether a label covers 10 or 20 ms, declare it")
-    return period
-
-
-def _period_in_name(name: str) -> float | None:
-    found = [s for s in LABEL_PERIODS_S if f"{round(s * 1000)}ms" in name.lower()]
-    return found[0] if len(found) == 1 else None
+    return check_labels(labels, num_clusters, where)
 
 
 def _one_file(folders: Sequence[Path], suffix: str, *, but: str = "\0") -> Path | None:
@@ -151,7 +84,9 @@ def _one_file(folders: Sequence[Path], suffix: str, *, but: str = "\0") -> Path 
     for folder in folders:
         found = sorted(p for p in folder.glob(f"*{suffix}") if not p.name.endswith(but))
         if len(found) > 1:
-            raise LayoutError(f"{folder} has {len(found)} files *{suffix}, one is expected: {', '.join(p.name for p in found[:5])}")
+            raise LayoutError(
+                f"{folder} has {len(found)} files *{suffix}, one is expected: {', '.join(p.name for p in found[:5])}"
+            )
         if found:
             return found[0]
     return None
@@ -197,13 +132,11 @@ def _bas_labels(
     verified = list(islice(lengths(), NUM_VERIFIED))
     if not verified:
         raise LayoutError(f"labels {name}: no utterance of {list_path} has both features and labels that can be read")
-    period_s = label_period_s(verified, declared_s=declared_s or _period_in_name(name), name=name)
+    period_s = find_label_period_s(verified, declared_s=declared_s or period_in_name(name), name=name)
     return SourceLabels(frame_period_s=period_s, num_clusters=num_clusters, read=read, origin={"labels": list_path.name})
 
 
-def melhubert_source(
-    path: str | Path, *, label_period_s: float | None = None, num_clusters: int = NUM_CLUSTERS
-) -> Source:
+def melhubert_source(path: str | Path, *, label_period_s: float | None = None, num_clusters: int = NUM_CLUSTERS) -> Source:
     """Reads a MelHuBERT data folder: a feature list (``*.scp``), label lists (``*.bas.scp``), and sums (``*.mean-var``).
 
     Files lie in the folder itself (libri-360) or in ``fbank/`` beside label folders such as ``kmeans/`` and ``stage2-cluster/``
@@ -211,8 +144,8 @@ def melhubert_source(
 
     Args:
         path: The folder.
-        label_period_s: Seconds a label covers, 0.01 or 0.02; by default what the folder's name says (``10ms``, ``20ms``), else what
-            the lengths of the first utterances show. It is verified in any case.
+        label_period_s: Seconds a label covers, 0.01 or 0.02; by default what the folder's name says (``10ms``, ``20ms``), else
+            what the lengths of the first utterances show. It is verified in any case.
         num_clusters: Labels are below this.
 
     Raises:
@@ -248,146 +181,3 @@ def melhubert_source(
         statistics=statistics,
         note="; ".join([*notes, *moved_note([locate])]),
     )
-
-
-def find_array(stated: str, root: Path) -> Path:
-    """Returns where an ``.npy`` file of a list is: as stated, below the list's folder, or there by its last two components or one.
-
-    Raises:
-        LayoutError: Nowhere.
-    """
-    path = Path(stated)
-    candidates = [path] if path.is_absolute() else [root / path, path]
-    candidates += [root.joinpath(*path.parts[-2:]), root / path.name]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise LayoutError(f"{stated} does not exist, nor does {Path(*path.parts[-2:])} below {root}")
-
-
-def read_array(stated: str, root: Path, *, header_only: bool = False) -> np.ndarray:
-    """Reads an ``.npy`` file of plain numbers; pickled objects are refused.
-
-    Args:
-        stated: Its path in the list.
-        root: The list's folder.
-        header_only: Map it instead of reading it, for its shape.
-
-    Raises:
-        LayoutError: It is missing, torn, or holds something else.
-    """
-    path = find_array(stated, root)
-    try:
-        array = np.load(path, allow_pickle=False, mmap_mode="r" if header_only else None)
-    except (ValueError, OSError, EOFError) as error:
-        raise LayoutError(f"{path} is not a readable .npy file of numbers ({error})") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise LayoutError(f"{path} is not an .npy file of numbers, it holds {getattr(array, 'dtype', type(array).__name__)}")
-    return array
-
-
-def read_stored_features(
-    stated: str, root: Path, dim: int, statistics: tuple[np.ndarray, np.ndarray] | None
-) -> np.ndarray:
-    """Reads features (T, F) float32 from an ``.npy`` file and undoes their normalisation.
-
-    Args:
-        stated: Path in the list.
-        root: The list's folder.
-        dim: F they must have.
-        statistics: Mean and standard deviation that were used; None when the features are not normalised.
-
-    Raises:
-        LayoutError: As for :func:`read_array`, or the shape is another.
-    """
-    array = read_array(stated, root)
-    if array.ndim != 2 or array.shape[1] != dim:
-        raise LayoutError(f"{stated}: expected features of shape (frames, {dim}), found {array.shape}")
-    if statistics is not None:
-        mean, std = statistics
-        array = array.astype(np.float64) * std + mean
-    return array.astype(np.float32)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A line of a list: feature file, label file (None for S3PRL) and class of the utterance."""
-
-    features: str
-    labels: str | None
-    utterance_class: str | None
-
-
-def _split_pair(cells: Sequence[str], where: str) -> tuple[str, str]:
-    """Divides cells into two paths; the reference writes lists without quotes, so a comma in a path makes more cells."""
-    for i in range(1, len(cells)):
-        first, second = ",".join(cells[:i]), ",".join(cells[i:])
-        if len(cells) == 2 or (first.endswith(".npy") and second.endswith(".npy")):
-            return first, second
-    raise LayoutError(f"{where}: expected file_path,label_path,length, found {','.join(cells)[:80]!r}")
-
-
-def read_list(path: str | Path) -> list[_Row]:
-    """Reads a CSV list: MelHuBERT's ``file_path,label_path,length`` or S3PRL's ``file_path,length,label``.
-
-    An unnamed index column is skipped. Lengths are not used: their unit differs between lists.
-
-    Raises:
-        LayoutError: Another header, or a line that does not fit it.
-    """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    header = [cell.strip() for cell in lines[0]] if lines else []
-    skip = 1 if header and header[0] in ("", "Unnamed: 0", "index") else 0
-    columns = header[skip:]
-    rows = []
-    for number, line in enumerate(lines[1:], 2):
-        cells = line[skip:]
-        if not cells:
-            continue
-        where = f"{path} line {number}"
-        if columns == ["file_path", "label_path", "length"]:
-            features, labels = _split_pair(cells[:-1], where)
-            rows.append(_Row(features, labels, None))
-        elif sorted(columns) == ["file_path", "label", "length"] and columns[0] == "file_path":
-            if len(cells) != 3:
-                raise LayoutError(f"{where}: expected 3 columns, found {len(cells)}")
-            label = cells[columns.index("label")].strip()
-            rows.append(_Row(cells[0], None, None if label in ("", "None", "nan") else label))
-        else:
-            break
-    if not rows:
-        raise LayoutError(
-            f"{path}: expected the columns file_path,label_path,length (MelHuBERT) or file_path,length,label (S3PRL) and at least one"
-            f" line, found {','.join(header)[:80]!r} and {len(lines) - 1 if lines else 0} lines"
-        )
-    return rows
-
-
-def _find_lists(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    lists = sorted(path.glob("*.csv")) if path.is_dir() else []
-    if not lists:
-        raise LayoutError(f"{path} is neither a .csv list nor a folder that has one")
-    return lists
-
-
-def _first_readable(rows: Mapping[str, _Row], root: Path, count: int) -> list[np.ndarray]:
-    """Returns the first ``count`` feature arrays that can be read, out of the first 200."""
-    arrays: list[np.ndarray] = []
-    reason: LayoutError | None = None
-    for row in islice(rows.values(), 200):
-        try:
-            array = read_array(row.features, root, header_only=True)
-            if array.ndim != 2 or array.size == 0:
-                raise LayoutError(f"{row.features}: expected features of shape (frames, dimension), found {array.shape}")
-        except LayoutError as error:
-            reason = reason or error
-            continue
-        arrays.append(array)
-        if len(arrays) == count:
-            break
-    if not arrays:
-        raise LayoutError(f"no features of the list can be read, the first: {reason}")
-    return arrays

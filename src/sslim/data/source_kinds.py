@@ -126,7 +126,7 @@ SOURCES: dict[str, SourceKind] = {  # in the order in which they are tried
     "numpy": SourceKind(
         about="CSV with file_path, label_path, length over .npy files",
         recognise=_numpy,
-        reader="sslim.data.melhubert_folders:numpy_source",
+        reader="sslim.data.numpy_lists:numpy_source",
     ),
     "speech-commands": SourceKind(
         about="Speech Commands (a folder for each word)",

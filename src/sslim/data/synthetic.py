@@ -179,19 +179,21 @@ def make_corpus(folder: Path, config: SyntheticConfig, *, jobs: int = 2, progres
         folder: Where to; made if needed.
         config: Which corpus.
         jobs: Processes at a time.
-        progress: Called with the number of utterances that have become available.
+        progress: Called with the number of utterances available so far.
 
     Raises:
         ValueError: Nonsensical config, espeak-ng not installed or failing, or another corpus in the folder.
     """
     _check(config)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = []
+    missing, available = [], 0
     for shard, indices in _shards(folder, config):
         if not _is_complete(shard, config, len(indices)):
             missing.append((shard, indices))
-        elif progress is not None:
-            progress(len(indices))
+        else:
+            available += len(indices)
+    if progress is not None:
+        progress(available)
     if not missing:
         return
     require_espeak()
@@ -200,8 +202,9 @@ def make_corpus(folder: Path, config: SyntheticConfig, *, jobs: int = 2, progres
         running = {pool.submit(_make_shard, shard, config, indices): indices for shard, indices in missing}
         for done in as_completed(running):
             done.result()
+            available += len(running[done])
             if progress is not None:
-                progress(len(running[done]))
+                progress(available)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -242,7 +245,7 @@ def synthetic_source(
         seed: Of sentences, levels and noise.
         num_speakers: 1 to 256.
         jobs: Processes at a time.
-        progress: Called with the number of utterances that have become available.
+        progress: Called with the number of utterances available so far.
 
     Raises:
         ValueError: As for :func:`make_corpus`.

@@ -149,7 +149,7 @@ class KaldiFeatures(nn.Module):
 
     On a CPU one utterance is worked on at a time (faster than a padded batch, and independent of the batch bit for bit); on
     other devices the whole batch. Both go by chunks of frames, so that hours of audio take bounded memory beside the result.
-    The tables are no part of the state; they follow the module's device but keep their type when a model becomes half precision.
+    The tables are no part of the state; they follow the module's device and keep their type when a model is cast.
 
     Attributes:
         sample_rate: Hz.

@@ -52,7 +52,7 @@ class DemoConfig:
 
     @property
     def run(self) -> Path:
-        return self.output / "pretrain"
+        return self.output / RECIPE  # the folder's name is the model's in tables
 
     def card(self, task: str) -> Path:
         """Where the result of a probe goes; the report looks there."""
@@ -168,7 +168,15 @@ def report_step(config: DemoConfig) -> Step:
     """Everything to one page."""
     return Step(
         about="Put curves, an utterance with its targets, and the tables on one page.",
-        command=("report", str(config.run), str(config.corpus), "--output", str(config.output / "report.html")),
+        command=(
+            "report",
+            str(config.run),
+            str(config.corpus),
+            "--title",
+            "sslim demo",
+            "--output",
+            str(config.output / "report.html"),
+        ),
     )
 
 

@@ -1,5 +1,6 @@
 """Layouts of audio folders: what is found in them, how they are told apart, and what a malformed one is told."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -191,6 +192,12 @@ def test_unknown_kinds_and_missing_paths_are_named(tmp_path):
 def test_the_command_s_choices_are_the_tables():
     assert get_args(command.Kind) == tuple(SOURCES)
     assert get_args(command.Features) == tuple(FEATURES)
+
+
+def test_every_kind_has_its_reader():
+    for kind in SOURCES.values():
+        module, function = kind.reader.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

@@ -105,9 +105,13 @@ def test_writer_refuses_keys_and_leaves_nothing(tmp_path: Path, key: str) -> Non
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_damaged_archives_raise_kaldi_error_or_read_something(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_damaged_archives_raise_kaldi_error_or_read_something(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("damaged")
-    kind = data.draw(st.sampled_from([{}, {"compression_method": 2}, {"compression_method": 3}, {"text": True}, {"ints": True}]))
+    kind = data.draw(
+        st.sampled_from([{}, {"compression_method": 2}, {"compression_method": 3}, {"text": True}, {"ints": True}])
+    )
     path = str(folder / "x.ark")
     if kind == {"ints": True}:
         kaldiio.save_ark(path, {"k": np.arange(12, dtype=np.int32)})
@@ -202,7 +206,7 @@ def test_audio_directory(tmp_path: Path) -> None:
     assert (utterances["r1"].speaker, utterances["r1"].text) == ("ann", "hello there")
     assert utterances["r2"].audio == tmp_path / "set" / "r2.wav"
     assert "/elsewhere/r2.wav" in source.note
-    for bad, message in (("r3", "commands are not run"), ("r4", "inside the archive")):
+    for bad, message in (("r3", "commands are not run"), ("r4", r"inside wav\.ark at byte 17")):
         assert utterances[bad].audio is None
         with pytest.raises(KaldiError, match=f"{bad}: .*{message}"):
             utterances[bad].read_features()
@@ -219,13 +223,13 @@ def test_segments(tmp_path: Path) -> None:
     with pytest.raises(KaldiError, match="commands are not run"):
         utterances["u4"].read_features()
     (folder / "segments").write_text("u1 r1 2 1\n")
-    with pytest.raises(KaldiError, match="'u1' runs from 2.0 to 1.0"):
+    with pytest.raises(KaldiError, match=r"'u1' runs from 2.0 to 1.0"):
         kaldi_source(folder)
 
 
 def test_only_commands_is_an_error_at_once(tmp_path: Path) -> None:
     (tmp_path / "wav.scp").write_text("a flac -c -d -s a.flac |\n")
-    with pytest.raises(KaldiError, match="every entry.*commands are not run"):
+    with pytest.raises(KaldiError, match=r"every entry.*commands are not run"):
         kaldi_source(tmp_path)
     with pytest.raises(KaldiError, match=r"neither it nor a folder in it has wav\.scp"):
         kaldi_source(tmp_path / "nowhere")

@@ -140,7 +140,7 @@ def test_layers_are_named():
 
 
 def test_ids(audio, tmp_path):
-    found = dict(find_audio([audio, audio / "sub" / "b.wav"][:1]))
+    found = dict(find_audio([audio]))
     assert list(found) == ["a", "d", "sub/b", "sub/c"]
     other = tmp_path / "other" / "a.wav"
     other.parent.mkdir()
@@ -152,8 +152,8 @@ def test_ids(audio, tmp_path):
         find_audio([other, other])
     with pytest.raises(ValueError, match="there is no file or folder"):
         find_audio([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no audio files"):
-        (tmp_path / "empty").mkdir()
         find_audio([tmp_path / "empty"])
     assert safe_id("../../etc/pass wd") == "etc/pass_wd"
     assert safe_id("/abs\\x/./y") == "abs/x/y"
