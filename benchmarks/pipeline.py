@@ -1,7 +1,8 @@
 """Seconds of audio per second and core from the feature store through `CorpusBatches`: reading, cutting, labels, padding.
 
-One thread, one process, no prefetching. The corpora are synthetic with the real layout, features are noise in real files; each is read once before.
-Two kinds: read sentences (about 12 s) and single words (about 1 s), where the cost of an utterance weighs twelve times as much.
+One thread, one process, no prefetching. The corpora are synthetic with the real layout, features are noise in real files;
+each is read once before. Two kinds: read sentences (about 12 s) and single words (about 1 s), where the cost of an utterance
+weighs twelve times as much.
 
     python benchmarks/pipeline.py [--hours 5]
 """

@@ -1,7 +1,8 @@
 """Time until the first batch of a run over 200,000 utterances (synthetic metadata), fresh and resumed at step 1,000,000.
 
-The corpus has the real layout; its feature shards are sparse files. What is timed is what `sslim pretrain` does between its imports and the
-first batch: open corpus and labels, read the splits, plan, build the trainer, restore the checkpoint, cut and collate a batch.
+The corpus has the real layout; its feature shards are sparse files. What is timed is what `sslim pretrain` does between its
+imports and the first batch: open corpus and labels, read the splits, plan, build the trainer, restore the checkpoint, cut
+and collate a batch.
 
     python benchmarks/startup.py [--utterances 200000] [--steps 1000000]
 """
@@ -170,9 +171,8 @@ def main() -> None:
             runs = [root / (f"fresh{i}" if kind == "fresh" else "late") for i in range(arguments.repetitions)]
             times = [first_batch(root / "corpus", run, 2 * arguments.steps) for run in runs]
             rows[kind] = sorted(times, key=lambda figures: figures["first_batch_s"])[len(times) // 2]
-    print(
-        f"{arguments.utterances:,} utterances, {lengths.sum() / 360_000:,.0f} hours; median of {arguments.repetitions}; imports not counted"
-    )
+    hours = lengths.sum() / 360_000
+    print(f"{arguments.utterances:,} utterances, {hours:,.0f} hours; median of {arguments.repetitions}; imports not counted")
     print(f"{'start':<34}{'data s':>8}{'first batch s':>15}{'target':>9}")
     for kind, label in (("fresh", "fresh"), ("resumed", f"resumed at step {arguments.steps:,}")):
         print(f"{label:<34}{rows[kind]['data_s']:>8.2f}{rows[kind]['first_batch_s']:>15.2f}{f'< {TARGET_S:.0f}':>9}")

@@ -184,7 +184,7 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(str(error).split())
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, OSError)):
         return text or type(error).__name__
     known = isinstance(error, (RuntimeError, ImportError))
     text = text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -67,7 +67,7 @@ def test_it_reaches_the_stated_loss_and_saves_a_model_that_loads(corpus: Corpus,
     records = [record for record in read_metrics(finished / "metrics.jsonl") if record["kind"] == "train"]
     assert records[0]["masked_loss"] > 1.6  # a blind guess among six is ln 6 = 1.79
     assert records[-1]["masked_loss"] < 1.45
-    assert records[-1]["unmasked_accuracy"] > max(0.5, records[-1]["masked_accuracy"])
+    assert records[-1]["masked_accuracy"] > 0.5  # chance is 0.17
     valid = [record for record in read_metrics(finished / "metrics.jsonl") if record["kind"] == "valid"]
     assert [record["step"] for record in valid] == [30, 60]
     model = sslim.load_model(finished / "model")

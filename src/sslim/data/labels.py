@@ -3,7 +3,7 @@
 ========================  =======================================================================================
 ``labels.json``           format version, frame period, number of clusters, the corpus's digest, origin, quality
 ``labels.safetensors``    labels (uint8, uint16 or int32), offsets (N + 1,) int64, present (N,) uint8
-``codebook.safetensors``  centroids (K, F) float32, where the labels come from clustering
+``codebook.safetensors``  where the labels come from clustering: centroids (K, F) float32; for features also their mean and std
 ``digests.json``          SHA-256 of each of them
 ========================  =======================================================================================
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,7 +184,7 @@ class LabelStore:
         corpus_digest: str,
         origin: dict[str, Any],
         quality: dict[str, Any],
-        codebook: Tensor | None = None,
+        codebook: Mapping[str, Tensor] | None = None,
     ) -> LabelStore:
         """Writes a label folder, whole or not at all; one of that name is replaced.
 
@@ -196,7 +196,7 @@ class LabelStore:
             corpus_digest: ``Corpus.digest``.
             origin: Where they come from, plain JSON values.
             quality: Measures, plain JSON values.
-            codebook: (K, F) centroids, if there are any.
+            codebook: ``centroids`` (K, F) and what else is needed to label other speech alike, if they come from clustering.
 
         Raises:
             LabelError: A label is not in 0 to K - 1.
@@ -220,7 +220,7 @@ class LabelStore:
             write_json(temporary / DESCRIPTION, description)
             save_tensors(temporary / LABELS, {name: torch.from_numpy(values) for name, values in tensors.items()})
             if codebook is not None:
-                save_tensors(temporary / CODEBOOK, {"centroids": codebook.float()})
+                save_tensors(temporary / CODEBOOK, codebook)
         return cls.open(folder)
 
     @classmethod
@@ -316,18 +316,19 @@ class LabelStore:
         """SHA-256 of the list of digests: tells a label set from another."""
         return file_digest(self.folder / DIGESTS)
 
-    def codebook(self) -> Tensor:
-        """Returns the centroids the labels come from: (K, F) float32.
+    def codebook(self) -> dict[str, Tensor]:
+        """Returns ``centroids`` (K, F) float32 and whatever is stored beside them.
 
         Raises:
-            LabelError: They come from no codebook.
+            LabelError: The labels come from no codebook.
         """
         if not (self.folder / CODEBOOK).is_file():
             raise LabelError(f"labels {self.name} have no codebook: they were not made by `sslim cluster`")
-        centroids = load_tensors(self.folder / CODEBOOK).get("centroids")
+        tensors = load_tensors(self.folder / CODEBOOK)
+        centroids = tensors.get("centroids")
         if centroids is None or centroids.dim() != 2 or len(centroids) != self.num_clusters:
             raise LabelError(f"{self.folder / CODEBOOK} does not hold {self.num_clusters} centroids")
-        return centroids
+        return tensors
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_columns"}  # a worker maps them itself

@@ -24,6 +24,7 @@ from sslim.data.sources import Source, SourceLabels, SourceUtterance
 
 NUM_NAMES_LOOKED_AT = 200  # files whose names decide between layouts that differ in names only
 NUMPY_COLUMNS = ("file_path", "label_path", "length")
+S3PRL_COLUMNS = ("file_path", "length", "label")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,10 @@ def _melhubert(path: Path) -> str | None:
 
 def _numpy(path: Path) -> str | None:
     for table in [path] if path.is_file() else sorted(path.glob("*.csv")):
-        if table.suffix.lower() == ".csv" and set(NUMPY_COLUMNS) <= set(_header(table)):
-            return f"{table.name} has the columns {', '.join(NUMPY_COLUMNS)}"
+        columns = _header(table) if table.suffix.lower() == ".csv" else []
+        for known in (NUMPY_COLUMNS, S3PRL_COLUMNS):
+            if set(known) <= set(columns):
+                return f"{table.name} has the columns {', '.join(known)}"
     return None
 
 

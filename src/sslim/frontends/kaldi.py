@@ -30,7 +30,7 @@ EPSILON = float(np.finfo(np.float32).eps)  # Kaldi's floor under every logarithm
 TINY = 1e-30  # floor under a square root, for a finite gradient in silence; 1e-15 in magnitude is far below EPSILON
 # Frames worked on at a time. On a CPU it keeps the intermediate values (about 10 kB a frame) close to the second-level cache;
 # on a GPU it only bounds memory.
-CPU_CHUNK_FRAMES = 128
+CPU_CHUNK_FRAMES = 160
 GPU_CHUNK_FRAMES = 32768
 
 WINDOWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of the phase 2 pi n / (W - 1)
@@ -121,27 +121,19 @@ def _check(config: FeaturesConfig, filterbank: FilterbankConfig) -> None:
 class _Workspace:
     """Two large intermediate tensors, kept from one chunk to the next of the same call.
 
-    Memory of this size goes back to the system when it is freed, and getting it again costs time. Under autograd nothing is
-    reused, as the backward pass needs the values.
+    Memory of this size goes back to the system when it is freed, and getting it again costs time. Not for use under autograd,
+    whose backward pass needs the values.
     """
 
-    def __init__(self, *, reuse: bool) -> None:
-        self.reuse = reuse
+    def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
 
-    def get(self, name: str, shape: torch.Size, like: Tensor) -> Tensor | None:
-        """Returns memory to write to, or None for new memory."""
-        if not self.reuse:
-            return None
+    def get(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns memory to write to."""
         size = shape.numel()
         if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = like.new_empty(size)
+            self.kept[name] = torch.empty(size, dtype=dtype, device=device)
         return self.kept[name][:size].view(shape)
-
-    def convert(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns a copy of ``values`` of type ``dtype``."""
-        memory = self.get("converted", values.shape, values.new_empty(0, dtype=dtype))
-        return values.to(dtype, copy=True) if memory is None else memory.copy_(values)
 
 
 class KaldiFeatures(nn.Module):
@@ -181,6 +173,7 @@ class KaldiFeatures(nn.Module):
             )
         self.transform_size = 1 << (self.frame_length - 1).bit_length()
         window = window_function(filterbank.window, self.frame_length) * filterbank.waveform_scale
+        self.first_weight = float(window[0])
         self._tables = {"window": np.pad(window, (0, self.transform_size - self.frame_length))}
         self.dim = self.transform_size // 2 + 1
         if config.kind != "spectrogram":
@@ -229,44 +222,51 @@ class KaldiFeatures(nn.Module):
                 f"waveforms are {waveform_BS.dtype} of shape {tuple(waveform_BS.shape)} with {tuple(lengths_B.shape)} lengths; "
                 "expected float (batch, samples) with one length for each"
             )
-        lengths_B = lengths_B.to(waveform_BS.device, torch.int64)
-        if len(lengths_B) and not 0 <= int(lengths_B.min()) <= int(lengths_B.max()) <= waveform_BS.shape[1]:
-            raise ValueError(f"lengths are {lengths_B.tolist()}; the waveforms have {waveform_BS.shape[1]} samples")
+        lengths = lengths_B.tolist()
+        if lengths and not 0 <= min(lengths) <= max(lengths) <= waveform_BS.shape[1]:
+            raise ValueError(f"lengths are {lengths}; the waveforms have {waveform_BS.shape[1]} samples")
+        counts = [self.num_frames(length) for length in lengths]
+        frames_B = torch.tensor(counts, dtype=torch.int64, device=waveform_BS.device)
         double = waveform_BS.dtype == torch.float64
-        # from the transform on: float64 costs little on a GPU, and a product in float32 there may be rounded to TF32
-        dtype = torch.float32 if waveform_BS.device.type == "cpu" and not double else torch.float64
-        frames_B = self.num_frames(lengths_B)
-        num_frames = int(frames_B.max()) if len(frames_B) else 0
+        num_frames = max(counts, default=0)
         if num_frames == 0:
             empty = waveform_BS.new_zeros(len(waveform_BS), 0, self.dim, dtype=torch.float64 if double else torch.float32)
             return Padded(values=empty, lengths=frames_B)
         if waveform_BS.device.type != "cpu":
-            waveform_BS = zero_padding(waveform_BS[..., None], lengths_B)[..., 0]
-            values = zero_padding(self._batch(waveform_BS, lengths_B, num_frames, dtype), frames_B)
+            lengths_B = lengths_B.to(waveform_BS.device)
+            # float64 to the end costs little on a GPU, where a product in float32 may be rounded to TF32
+            zeroed_BS = zero_padding(waveform_BS[..., None], lengths_B)[..., 0]
+            values = zero_padding(self._batch(zeroed_BS, lengths_B, num_frames, torch.float64), frames_B)
             return Padded(values=values if double else values.float(), lengths=frames_B)
         rows = []
-        for b, (num_samples, count) in enumerate(zip(lengths_B.tolist(), frames_B.tolist(), strict=True)):
-            row = self._batch(waveform_BS[b : b + 1, :num_samples], lengths_B[b : b + 1], count, dtype)
+        for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            whole = len(lengths) == 1 and length == waveform_BS.shape[1]
+            row_1S = waveform_BS if whole else waveform_BS[b : b + 1, :length]
+            row = self._batch(row_1S, lengths_B[b : b + 1], count, torch.float64 if double else torch.float32)
             rows.append(functional.pad(row, (0, 0, 0, num_frames - count)) if count < num_frames else row)
         return Padded(values=torch.cat(rows) if len(rows) > 1 else rows[0], lengths=frames_B)
 
     def _batch(self, waveform_BS: Tensor, lengths_B: Tensor, num_frames: int, dtype: torch.dtype) -> Tensor:
         """(B, S) samples to (B, num_frames, F), by chunks of frames; what lies beyond a row's own frames is arbitrary."""
-        if not self.filterbank.snip_edges and num_frames:
+        if num_frames == 0:
+            return waveform_BS.new_zeros(len(waveform_BS), 0, self.dim, dtype=dtype)
+        if not self.filterbank.snip_edges:
             waveform_BS = self._reflect(waveform_BS, lengths_B, num_frames)
+        num_samples = waveform_BS.shape[1]
         limit = CPU_CHUNK_FRAMES if waveform_BS.device.type == "cpu" else max(1, GPU_CHUNK_FRAMES // len(waveform_BS))
-        workspace = _Workspace(reuse=not (torch.is_grad_enabled() and waveform_BS.requires_grad))
-        chunks = [waveform_BS.new_zeros(len(waveform_BS), 0, self.dim, dtype=dtype)]
+        reuse = num_frames > limit and not (torch.is_grad_enabled() and waveform_BS.requires_grad)
+        workspace = _Workspace() if reuse else None
+        chunks = []
         for first in range(0, num_frames, limit):
             # One sample more at the start, for pre-emphasis. The window's zeros reach up to the transform's size, so frames are
             # cut that long. Zeros stand for what is outside the waveform; the window keeps them out.
             start = first * self.shift - 1
             stop = start + 1 + (min(limit, num_frames - first) - 1) * self.shift + self.transform_size
             samples = waveform_BS[:, max(start, 0) : stop].to(self.window.dtype)
-            if start < 0 or stop > waveform_BS.shape[1]:
-                samples = functional.pad(samples, (max(-start, 0), max(stop - waveform_BS.shape[1], 0)))
+            if start < 0 or stop > num_samples:
+                samples = functional.pad(samples, (max(-start, 0), max(stop - num_samples, 0)))
             chunks.append(self._chunk(samples, dtype, workspace))
-        return torch.cat(chunks, dim=1)
+        return torch.cat(chunks, dim=1) if len(chunks) > 1 else chunks[0]
 
     def _reflect(self, waveform_BS: Tensor, lengths_B: Tensor, num_frames: int) -> Tensor:
         """Extends each row so that frame t starts at sample ``t * shift``: centred, mirrored at the ends, edge sample twice."""
@@ -277,22 +277,27 @@ class KaldiFeatures(nn.Module):
         phase_BS = position_1S.remainder(2 * length_B1)
         return waveform_BS.gather(1, torch.minimum(phase_BS, 2 * length_B1 - 1 - phase_BS))
 
-    def _chunk(self, samples_BS: Tensor, dtype: torch.dtype, workspace: _Workspace) -> Tensor:
+    def _chunk(self, samples_BS: Tensor, dtype: torch.dtype, workspace: _Workspace | None) -> Tensor:
         """(B, 1 + (T - 1) * shift + P) samples, one before the first frame, to (B, T, F) features of type ``dtype``."""
         filterbank, size = self.filterbank, self.transform_size
-        raw_BTP = samples_BS[:, 1:].unfold(-1, size, self.shift)
-        raw_BTW = raw_BTP[..., : self.frame_length]
+        current_BS = samples_BS[:, 1:]
+        raw_BTW = current_BS.unfold(-1, size, self.shift)[..., : self.frame_length]
         mean_BT1 = raw_BTW.mean(-1, keepdim=True) if filterbank.remove_dc else torch.zeros_like(raw_BTW[..., :1])
         # Pre-emphasis of the samples once instead of every frame (2.5 times fewer): both steps are linear, so what the frame's
         # mean contributes is subtracted after; only the first sample of a frame, which has no predecessor, differs.
         kept = 1.0 - filterbank.preemphasis
-        emphasized_BS = torch.sub(samples_BS[:, 1:], samples_BS[:, :-1], alpha=filterbank.preemphasis)
+        emphasized_BS = torch.sub(current_BS, samples_BS[:, :-1], alpha=filterbank.preemphasis)
         emphasized_BTP = emphasized_BS.unfold(-1, size, self.shift)
-        windowed_BTP = torch.sub(emphasized_BTP, kept * mean_BT1, out=workspace.get("windowed", raw_BTP.shape, samples_BS))
-        windowed_BTP.mul_(self.window)
-        windowed_BTP[..., :1] = (raw_BTW[..., :1] - mean_BT1) * (kept * self.window[:1])
+        memory = (
+            None if workspace is None else workspace.get("windowed", emphasized_BTP.shape, samples_BS.dtype, samples_BS.device)
+        )
+        windowed_BTP = torch.sub(emphasized_BTP, mean_BT1, alpha=kept, out=memory).mul_(self.window)
+        windowed_BTP[..., :1] = (raw_BTW[..., :1] - mean_BT1).mul_(kept * self.first_weight)
         parts_BTC2 = torch.view_as_real(torch.fft.rfft(windowed_BTP))
-        squares_BTC2 = workspace.convert(parts_BTC2, dtype).square_()
+        if workspace is None:
+            squares_BTC2 = parts_BTC2.to(dtype).square()
+        else:
+            squares_BTC2 = workspace.get("squares", parts_BTC2.shape, dtype, parts_BTC2.device).copy_(parts_BTC2).square_()
         if self.spectral_table is None:
             values = _log(_power(squares_BTC2))
         else:

@@ -23,7 +23,7 @@ from sslim.training import SENTINELS, Trainer, TrainerConfig, TrainingResult, jo
 
 HEAD = "masked_prediction"
 HELD_OUT_SPLITS = ("dev", "test", "valid", "validation")
-CHECK_SECONDS = 2.0
+CHECK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def _check_frontend(model: SpeechModel, corpus: Corpus) -> None:
 
 
 def _check_labels(corpus: Corpus, labels: LabelStore, model: SpeechModel) -> list[str]:
-    """Looks at a sample for two seconds; returns notes, raises on what would waste the run."""
+    """Looks at a sample for half a second; returns notes, raises on what would waste the run."""
     assert model.frontend is not None
     problems = examine(
         corpus, labels, frame_period_s=model.frontend.frame_shift_s, stack=model.frontend.stack, max_seconds=CHECK_SECONDS

@@ -75,7 +75,10 @@ def test_non_finite_features_are_found_and_named(tmp_path: Path) -> None:
 LABEL_FAULTS: dict[str, tuple[dict, str]] = {
     "missing": ({"change": lambda i, y: None if i == 1 else y}, "utterance utt1 has no labels in made"),
     "constant": ({"change": lambda i, y: y * 0 + 3 if i == 3 else y}, "utterance utt3: all its 200 labels are 3"),
-    "short": ({"change": lambda i, y: y[:-9] if i == 0 else y}, "utterance utt0: 111 labels of 10 ms, of which one in 2 is 56, do not fit 60"),
+    "short": (
+        {"change": lambda i, y: y[:-9] if i == 0 else y},
+        "utterance utt0: 111 labels of 10 ms, of which one in 2 is 56, do not fit 60",
+    ),
     "other corpus": ({"corpus_digest": "f" * 64}, "labels made were made for another corpus than made"),
     "half the rate declared wrongly": ({"frame_period_s": 0.04}, "labels made last 40 ms and the model's frames 20 ms"),
     "dead clusters": ({"num_clusters": 12}, "7 of the 12 clusters of made are dead"),

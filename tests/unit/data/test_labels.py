@@ -65,9 +65,12 @@ def test_a_worker_gets_the_place_not_the_labels(tmp_path):
 
 def test_codebook_comes_back(tmp_path):
     centroids = torch.randn(3, 5)
-    assert torch.equal(write(tmp_path / "a", [np.array([2])], 3, codebook=centroids).codebook(), centroids)
+    store = write(tmp_path / "a", [np.array([2])], 3, codebook={"centroids": centroids})
+    assert torch.equal(store.codebook()["centroids"], centroids)
     with pytest.raises(LabelError, match="no codebook"):
         write(tmp_path / "b", [np.array([2])], 3).codebook()
+    with pytest.raises(LabelError, match="4 centroids"):
+        write(tmp_path / "c", [np.array([2])], 4, codebook={"centroids": centroids}).codebook()
 
 
 @pytest.mark.parametrize("labels", [[0, 500], [-1, 0], [0.0, 1.0]])

@@ -1,4 +1,4 @@
-"""Two references for the spectral features: kaldi-native-fbank, and Kaldi's definitions written out frame by frame in float64."""
+"""Two references for the spectral features: kaldi-native-fbank, and Kaldi's definitions frame by frame in float64."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Filterbank, MFCC and spectrogram against kaldi-native-fbank, against float64, and against the references' stored features.
 
-"Within 1e-3 on every frame" is met literally on LibriSpeech. Over thousands of other recordings a few values in a million differ by
-more (fricatives, where a low channel holds 1e-9 of the frame's power; upsampled telephone speech, whose upper band is empty), and
-there it is kaldi-native-fbank that is off: its transform is float32. So those are compared with the float64 definition too: ours stays
-close to it everywhere, and differs from kaldi-native-fbank by at most 1e-3 plus that program's own distance from it.
+"Within 1e-3 on every frame" is met literally on LibriSpeech. Over thousands of other recordings a few values in a million
+differ by more (fricatives, where a low channel holds 1e-9 of the frame's power; upsampled telephone speech, whose upper band is
+empty), and there it is kaldi-native-fbank that is off: its transform is float32. So those are compared with the float64
+definition too: ours stays close to it everywhere, and differs from kaldi-native-fbank by at most 1e-3 plus that program's own
+distance from it.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_statistics_files(tmp_path: Path) -> None:
 
 
 def test_bad_statistics_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="libri-96 is no statistics.*did you mean 'libri-960'"):
+    with pytest.raises(ValueError, match=r"libri-96 is no statistics.*did you mean 'libri-960'"):
         load_statistics("libri-96")
     cases = {
         "shape": (np.zeros((3, 4)), r"\(3, 4\)"),

@@ -347,6 +347,19 @@ def test_settings_are_checked():
         Engine(ToyObjective(), toy_config(gradient_checkpointing=True), CPU, Processes())
 
 
+def test_gradient_checkpointing_is_switched_on_where_the_objective_has_it():
+    class Thrifty(ToyObjective):
+        enabled = False
+
+        def set_gradient_checkpointing(self, enabled: bool) -> None:
+            self.enabled = enabled
+
+    for wanted in (True, False):
+        objective = Thrifty()
+        Engine(objective, toy_config(gradient_checkpointing=wanted), CPU, Processes())
+        assert objective.enabled is wanted
+
+
 def test_run_json_is_complete_json(tmp_path: Path):
     toy_trainer(tmp_path / "run", toy_config(total_steps=1)).run()
     stored = json.loads((tmp_path / "run" / "run.json").read_text())

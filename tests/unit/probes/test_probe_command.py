@@ -1,0 +1,118 @@
+"""The verb on a real corpus folder, made of a few sounds: pitch is the label, loudness the speaker."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from sslim.checkpoints import save_model
+from sslim.cli import main
+from sslim.data.corpus import Corpus
+from sslim.models import PRESETS, build_model
+from sslim.probes import read_card
+from sslim.probes.features import log_mel_representation, model_representation, pooled_features, randomised
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tones")
+    random = np.random.default_rng(0)
+    lines = ["path,speaker,label"]
+    for i in range(48):
+        label, speaker = i % 2, (i // 2) % 4
+        time_s = np.arange(round(16000 * random.uniform(0.2, 0.5))) / 16000
+        tone = np.sin(2 * np.pi * (500, 1500)[label] * time_s) * 0.1 * (speaker + 1)
+        soundfile.write(folder / f"{i:02d}.wav", tone + 0.01 * random.normal(size=len(time_s)), 16000)
+        lines.append(f"{i:02d}.wav,s{speaker},{('low', 'high')[label]}")
+    (folder / "index.csv").write_text("\n".join(lines) + "\n")
+    output = tmp_path_factory.mktemp("corpora") / "tones"
+    assert main(["prepare", str(folder), str(output), "--kind", "folder"]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def model(corpus, tmp_path_factory):
+    built = build_model(PRESETS["melhubert-tiny"](), torch.Generator().manual_seed(0))
+    mean, std, source = Corpus.open(corpus).statistics
+    built.set_statistics(torch.from_numpy(mean), torch.from_numpy(std), source=source)
+    save_model(built, tmp_path_factory.mktemp("run") / "model")
+    return built, next(tmp_path_factory.getbasetemp().glob("run*/model"))
+
+
+def test_the_verb_writes_a_card(corpus, model, tmp_path, capsys):
+    card_path = tmp_path / "cards" / "label.json"
+    arguments = ["probe", "label", str(model[1]), "--corpus", str(corpus), "--folds", "speaker", "--output", str(card_path)]
+    assert main([*arguments, "--seeds", "2"]) == 0
+    card = read_card(card_path)
+    assert card["corpus"]["digest"] == Corpus.open(corpus).digest
+    assert [row["name"] for row in card["rows"]] == ["log-Mel", "random weights", model[1].parent.name]
+    for row in card["rows"]:
+        assert row["mean"] > 0.95
+        assert row["sd"] == pytest.approx(np.std(row["scores"], ddof=1), abs=1e-3)
+        assert [len(choice["folds"]) for choice in row["chosen"]] == [4, 4]
+    assert card["rows"][2]["num_parameters"] == model[0].num_parameters(with_heads=False)
+    assert len(card["rows"][2]["layer_weights"]) == 3
+    assert "log-Mel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["phones"], "has an alignment"),
+        (["label", "--layer", "x"], "accepted are 'mix', 'all' or a number"),
+        (["label", "--seeds", "0"], "at least 1"),
+        (["label", "--column", "colour"], "its columns are speaker, label, text, split"),
+        (["label", "--column", "text"], "needs at least two classes and has none"),
+        (["label", "--no-baselines"], "nothing to probe"),
+        (["speaker", "--folds", "speaker"], "cannot be learnt with speaker folds"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, sentence, corpus, capsys):
+    assert main(["probe", *arguments, "--corpus", str(corpus)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error.replace("\n", " ")
+    assert "Traceback" not in error
+
+
+def test_a_card_of_another_version_is_refused(tmp_path):
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"format_version": 99, "task": "label", "rows": []}))
+    with pytest.raises(ValueError, match="version 99"):
+        read_card(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not a result card"):
+        read_card(path)
+
+
+def test_stored_features_and_waveforms_give_the_same(corpus, model, monkeypatch):
+    opened, indices = Corpus.open(corpus), np.arange(6)
+    stored = pooled_features(model_representation(model[0], opened, "m"), opened, indices, "mean-std")
+    reads = []
+    original = Corpus.waveform
+    monkeypatch.setattr(Corpus, "waveform", lambda self, i: (reads.append(i), original(self, i))[1])
+    monkeypatch.setattr("sslim.models.encoding.reads_stored_features", lambda model, corpus: False)
+    computed = pooled_features(model_representation(model[0], opened, "m"), opened, indices, "mean-std")
+    assert sorted(reads) == list(range(6))
+    torch.testing.assert_close(stored, computed, rtol=0, atol=2e-2)  # the store is float16: 0.004 of a log energy of 10
+    other = pooled_features(model_representation(randomised(model[0], 5), opened, "r"), opened, indices, "mean-std")
+    assert (stored - other).abs().max() > 0.1  # control
+
+
+def test_log_mel_is_the_stored_features_themselves(corpus):
+    opened, indices = Corpus.open(corpus), np.array([3, 7])
+    pooled = pooled_features(log_mel_representation(opened, pooled=True), opened, indices, "mean-std")
+    for row, index in enumerate(indices):
+        x_TF = opened.features(int(index)).astype(np.float64)
+        expected = np.concatenate([x_TF.mean(0), x_TF.std(0)])
+        np.testing.assert_allclose(pooled[0, row].numpy(), expected, atol=2e-3)
+
+
+def test_random_weights_follow_the_seed_and_keep_the_statistics(model):
+    one, again, other = (randomised(model[0], seed) for seed in (1, 1, 2))
+    name = "encoder.blocks.0.feedforward.up.weight"
+    assert torch.equal(one.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(one.state_dict()[name], other.state_dict()[name])
+    assert torch.equal(one.frontend.mean, model[0].frontend.mean)
+    assert not one.training
