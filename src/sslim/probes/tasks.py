@@ -69,7 +69,7 @@ def phone_task(corpus: Corpus, column: str) -> Task:
     Raises:
         ValueError: No utterance has an alignment, or there is one symbol only.
     """
-    from sslim.data.alignment import frame_symbols
+    from sslim.data.alignment import frame_symbols, overhang_s
 
     alignments = {i: alignment for i in range(len(corpus)) if (alignment := corpus.utterance(i).alignment)}
     if not alignments:
@@ -79,9 +79,11 @@ def phone_task(corpus: Corpus, column: str) -> Task:
         raise ValueError(f"the alignments of corpus {corpus.name!r} have the symbol {names[0]!r} only; a probe needs two")
     indices = np.array(sorted(alignments), dtype=np.int64)
     number = {name: i for i, name in enumerate(names)}
+    beyond_s = overhang_s(corpus)
 
     def frame_classes(position: int, num_frames: int, frame_period_s: float) -> np.ndarray:
-        symbols = frame_symbols(alignments[int(indices[position])], num_frames, frame_period_s)
+        segments = alignments[int(indices[position])]
+        symbols = frame_symbols(segments, num_frames, frame_period_s, frame_period_s + beyond_s)
         return np.array([NO_CLASS if symbol is None else number[symbol] for symbol in symbols], dtype=np.int64)
 
     return Task(

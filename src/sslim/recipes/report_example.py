@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sslim.batch import IGNORED_LABEL, Padded
-from sslim.data.alignment import frame_symbols
+from sslim.data.alignment import frame_symbols, overhang_s
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore, align_labels
 from sslim.models import SpeechModel
@@ -52,9 +52,10 @@ def make_example(
     mask_BT = span_mask(features.lengths, num_frames, objective.masking, torch.Generator().manual_seed(seed))
     predictions_T = MaskedPrediction(model, objective).logits(features, mask_BT).argmax(-1)[0].numpy()
     utterance = corpus.utterance(index)
-    phones_T, names = None, ()
+    phones_T: np.ndarray | None = None
+    names: tuple[str, ...] = ()
     if utterance.alignment:
-        symbols = list(frame_symbols(utterance.alignment, num_frames, period_s))
+        symbols = list(frame_symbols(utterance.alignment, num_frames, period_s, period_s + overhang_s(corpus)))
         names = tuple(sorted({symbol for symbol in symbols if symbol is not None}))
         phones_T = np.array([NO_PHONE if symbol is None else names.index(symbol) for symbol in symbols], dtype=np.int64)
     shown = slice(0, min(num_frames, round(SHOWN_S / period_s)))

@@ -1,10 +1,9 @@
 """k-means for frames that need not fit into memory: a greedy k-means++ start on a sample, then mini-batches.
 
-The start is that of Arthur and Vassilvitskii (2007) in its greedy form: each new centre is the best of 2 + log K frames, drawn
-with a probability proportional to their squared distance from the centres so far. Most of the cost of k-means is there, so
-distances are measured in the sample's leading principal directions. What lies outside of them counts as if it were orthogonal
-between frames, which for the noise in high dimensions it nearly is (200,000 x 768 frames into 500 clusters: a tenth of the
-time at the same inertia).
+The start is that of Arthur and Vassilvitskii (2007) in its greedy form: frames are drawn with a probability proportional to
+their squared distance from the centres so far, and of 2 + log K such trials the best becomes a centre. Most of the cost of k-means
+is there. So trials are drawn for several centres at once, which makes their distances one large matrix product, and the centres are
+taken from these one after the other, each the best after those before it.
 
 The batches follow MacQueen's rule in epochs: a centroid is the mean of the frames assigned to it in this epoch, with a remnant
 of the last one. So it forgets frames that it won before it moved, and improves like Lloyd's algorithm, only sooner.
@@ -29,6 +28,7 @@ from torch import Tensor
 from sslim.storage import load_tensors, save_tensors, sync
 
 CHUNK_FRAMES = 8192  # frames whose distances are held at once: 16 MB for 500 clusters
+MAX_PICKS = 8  # starting centres taken from one set of trials
 START, SHUFFLE, REVIVE = 0, 1, 2  # what a random stream is for
 
 
@@ -43,7 +43,6 @@ class KMeansConfig:
         tolerance: Stop when an epoch lowers the inertia by less than this share.
         batch_frames: Frames after which the centroids move.
         start_frames: Frames of the sample on which the start is chosen.
-        start_dims: Principal directions in which the start measures distances; 0 for all.
         start_trials: Frames tried for each starting centre; None for 2 + log K.
         memory: Weight of the last epoch's frames in this one's means.
         revive_below: Clusters with less than this share of the mean number of frames get a new centre after an epoch; 0: never.
@@ -55,7 +54,6 @@ class KMeansConfig:
     tolerance: float = 1e-3
     batch_frames: int = 10_000
     start_frames: int = 50_000
-    start_dims: int = 64
     start_trials: int | None = None
     memory: float = 0.02
     revive_below: float = 0.01
@@ -216,48 +214,42 @@ def _random(config: KMeansConfig, purpose: int, epoch: int = 0) -> np.random.Gen
     return np.random.default_rng([config.seed, purpose, epoch])
 
 
-def _project(x_NF: Tensor, dims: int) -> Tensor:
-    """Coordinates of centred frames in their leading principal directions, (N, dims)."""
-    _, directions_FF = torch.linalg.eigh((x_NF.T @ x_NF).double().cpu())  # ascending
-    return x_NF @ directions_FF[:, -dims:].to(x_NF)
-
-
-def greedy_start(
-    x_NF: Tensor, num_clusters: int, rng: np.random.Generator, *, trials: int | None = None, dims: int = 0
-) -> Tensor:
+def greedy_start(x_NF: Tensor, num_clusters: int, rng: np.random.Generator, *, trials: int | None = None) -> Tensor:
     """Chooses starting centres among frames by greedy k-means++.
 
     Args:
         x_NF: (N, F) float32 frames.
         num_clusters: K, at most N.
         rng: Decides every draw.
-        trials: Frames tried for each centre; None for 2 + log K.
-        dims: Principal directions in which distances are measured; 0 for all.
+        trials: Frames drawn for each centre; None for 2 + log K.
 
     Returns:
         (K,) int64 rows of ``x_NF``.
     """
     x_NF = x_NF - x_NF.mean(0)
     norms_N = x_NF.square().sum(1)
-    coordinates = _project(x_NF, dims) if 0 < dims < x_NF.shape[1] else x_NF
-    transposed = coordinates.T.contiguous()
+    transposed = x_NF.T.contiguous()
     trials = 2 + int(math.log(num_clusters)) if trials is None else trials
 
     def distances(rows: Tensor) -> Tensor:
-        """(trials, N); what lies outside the principal directions is in the norms."""
-        result = torch.addmm(norms_N[None], coordinates[rows], transposed, alpha=-2).add_(norms_N[rows, None]).clamp_(min=0)
+        """(trials, N) squared distances; exactly 0 from a frame to itself, so that it is not drawn again."""
+        result = torch.addmm(norms_N[None], x_NF[rows], transposed, alpha=-2).add_(norms_N[rows, None]).clamp_(min=0)
         return result.scatter_(1, rows[:, None], 0.0)
 
     chosen = [int(rng.integers(len(x_NF)))]
     closest_N = distances(torch.tensor(chosen, device=x_NF.device))[0]
-    for _ in range(1, num_clusters):
+    while len(chosen) < num_clusters:
+        # the first centres change the distances most, so they are drawn one by one
+        picks = min(MAX_PICKS, max(1, len(chosen) // MAX_PICKS), num_clusters - len(chosen))
         cumulated_N = closest_N.double().cumsum(0)
-        draws = torch.from_numpy(rng.random(trials)).to(x_NF.device) * cumulated_N[-1]
+        draws = torch.from_numpy(rng.random(trials * picks)).to(x_NF.device) * cumulated_N[-1]
         rows = torch.searchsorted(cumulated_N, draws, right=True).clamp_(max=len(x_NF) - 1)
-        improved = torch.minimum(distances(rows), closest_N)
-        best = int(improved.double().sum(1).argmin())
-        closest_N = improved[best]
-        chosen.append(int(rows[best]))
+        improved = distances(rows)
+        for _ in range(picks):
+            torch.minimum(improved, closest_N, out=improved)
+            best = int(improved.sum(1).argmin())
+            closest_N = improved[best].clone()
+            chosen.append(int(rows[best]))
     return torch.tensor(chosen, device=x_NF.device)
 
 
@@ -284,7 +276,7 @@ def start(frames: Frames, config: KMeansConfig, device: torch.device | str = "cp
         raise ValueError("the frames to be clustered hold a non-finite value")
     shift_F = x_NF.double().mean(0).float()
     x_NF = x_NF.sub_(shift_F)
-    rows_K = greedy_start(x_NF, num_clusters, rng, trials=config.start_trials, dims=config.start_dims)
+    rows_K = greedy_start(x_NF, num_clusters, rng, trials=config.start_trials)
     zeros_K = torch.zeros(num_clusters, dtype=torch.float64, device=device)
     return KMeansState(
         shift_F=shift_F,
