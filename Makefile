@@ -8,7 +8,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/.ready
-# What installs torch; e.g. TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' where pip would bring CUDA.
+# What installs torch; override it, for example with an --index-url of CPU builds, where pip would bring CUDA packages.
 TORCH ?= torch==2.13.0
 DATA ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt

@@ -32,6 +32,9 @@ FRONTENDS: dict[str, SpectralFrontendConfig] = {
     "s3prl mfcc": SpectralFrontendConfig(features=MfccConfig(), deltas=2, normalization=UTTERANCE),
     "s3prl spectrogram": SpectralFrontendConfig(features=SpectrogramConfig(), normalization=UTTERANCE),
     "centred, energy": SpectralFrontendConfig(features=FilterbankConfig(snip_edges=False, use_energy=True), deltas=1),
+    "cepstra of the filterbank": SpectralFrontendConfig(
+        features=MELHUBERT, cepstra=13, deltas=2, normalization=NormalizationConfig(kind="utterance")
+    ),
     "utterance, stacked": SpectralFrontendConfig(
         features=MELHUBERT, normalization=NormalizationConfig(kind="utterance"), stack=2
     ),

@@ -35,6 +35,8 @@ class Options:
     """Model folder or checkpoint whose layer is clustered; without it the corpus's features are."""
     layer: int | None = None
     """Layer of the model, from 1; 0 is what enters the first block. Stage 2 of MelHuBERT takes layer 8 of 12."""
+    mfcc: bool = False
+    """Cluster MFCC made from the corpus's filterbank features, as HuBERT's first iteration does, instead of these themselves."""
     num_clusters: Annotated[int | None, tyro.conf.arg(aliases=["--clusters"])] = None
     """How many; 100 when not given."""
     name: str | None = None
@@ -73,10 +75,10 @@ def main(options: Options) -> None:
     source = None if options.codebook is None else LabelStore.open(options.codebook)
     num_clusters = _num_clusters(options, source)
     kmeans = KMeansConfig(num_clusters=num_clusters, seed=options.seed, max_epochs=options.epochs)
-    name = options.name or default_name(options.layer, num_clusters)
+    name = options.name or default_name(options, num_clusters)
     label_folder(corpus, name, overwrite=options.overwrite)  # found out before a model is loaded
     period_s = None if options.frame_period_ms is None else options.frame_period_ms / 1000
-    vectors = make_vectors(corpus, _model(options), options.layer, frame_period_s=period_s, codebook=source)
+    vectors = make_vectors(corpus, _model(options), options.layer, mfcc=options.mfcc, frame_period_s=period_s, codebook=source)
     common: dict[str, Any] = {"notes": _notes(options), "overwrite": options.overwrite, "device": options.device}
     with _Progress(console) as progress:
         common["on_progress"] = progress.update
@@ -93,9 +95,10 @@ def main(options: Options) -> None:
     )
 
 
-def default_name(layer: int | None, num_clusters: int) -> str:
-    """Returns the name of labels that got none: ``kmeans100``, ``layer8-kmeans100``."""
-    return f"kmeans{num_clusters}" if layer is None else f"layer{layer}-kmeans{num_clusters}"
+def default_name(options: Options, num_clusters: int) -> str:
+    """Returns the name of labels that got none: ``kmeans100``, ``mfcc-kmeans100``, ``layer8-kmeans100``."""
+    what = "mfcc-" if options.mfcc else "" if options.layer is None else f"layer{options.layer}-"
+    return f"{what}kmeans{num_clusters}"
 
 
 def _num_clusters(options: Options, source: LabelStore | None) -> int:
@@ -109,6 +112,8 @@ def _num_clusters(options: Options, source: LabelStore | None) -> int:
 def _model(options: Options) -> SpeechModel | None:
     if options.model is None:
         return None
+    if options.mfcc:
+        raise ValueError("--mfcc clusters features and --model a layer: choose one")
     if options.layer is None:
         raise ValueError("--model needs --layer: which of its layers to cluster (MelHuBERT's stage 2 takes layer 8 of 12)")
     from sslim.checkpoints import load_model

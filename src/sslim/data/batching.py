@@ -278,28 +278,29 @@ class CorpusBatches:
         starts, lengths = planned.starts.tolist(), planned.lengths.tolist()
         read = self._waveforms if self.facts.is_waveform else self._features
         return Batch(
-            inputs=torch.from_numpy(read(utterances, starts, lengths)),
+            inputs=read(utterances, starts, lengths),
             lengths=torch.from_numpy(planned.lengths.copy()),
             ids=tuple(self.corpus.utterance(i).id for i in utterances),
             labels=None if self.labels is None else self._labels(self.labels, utterances, planned),
             duration_s=sum(lengths) * self.facts.unit_s,
         )
 
-    def _features(self, utterances: list[int], starts: list[int], lengths: list[int]) -> np.ndarray:
-        inputs: np.ndarray | None = None
-        for row, (i, start, length) in enumerate(zip(utterances, starts, lengths, strict=True)):
-            features = self.corpus.features(i, start, start + length)
-            if inputs is None:
-                inputs = np.zeros((len(utterances), max(lengths), features.shape[1]), dtype=np.float16)
-            inputs[row, :length] = features
-        assert inputs is not None
-        return inputs
+    # torch allocates: its tensors are aligned to 64 bytes, numpy's to 16, and matrix products may round by alignment.
 
-    def _waveforms(self, utterances: list[int], starts: list[int], lengths: list[int]) -> np.ndarray:
-        inputs = np.zeros((len(utterances), max(lengths)), dtype=np.float32)
+    def _features(self, utterances: list[int], starts: list[int], lengths: list[int]) -> Tensor:
+        pieces = [self.corpus.features(i, s, s + n) for i, s, n in zip(utterances, starts, lengths, strict=True)]
+        inputs_BTF = torch.zeros(len(pieces), max(lengths), pieces[0].shape[1], dtype=torch.float16)
+        rows = inputs_BTF.numpy()
+        for row, piece in enumerate(pieces):
+            rows[row, : len(piece)] = piece
+        return inputs_BTF
+
+    def _waveforms(self, utterances: list[int], starts: list[int], lengths: list[int]) -> Tensor:
+        inputs_BS = torch.zeros(len(utterances), max(lengths))
+        rows = inputs_BS.numpy()
         for row, (i, start, length) in enumerate(zip(utterances, starts, lengths, strict=True)):
-            inputs[row, :length] = self.corpus.waveform(i)[start : start + length]
-        return inputs
+            rows[row, :length] = self.corpus.waveform(i)[start : start + length]
+        return inputs_BS
 
     def _labels(self, labels: LabelStore, utterances: list[int], planned: PlannedBatch) -> Tensor:
         """Aligns each utterance's labels with its whole length, then cuts them where its features are cut."""

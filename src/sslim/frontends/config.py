@@ -102,6 +102,8 @@ class SpectralFrontendConfig:
 
     Attributes:
         features: The per-frame transformation.
+        cepstra: Coefficients kept of the orthonormal DCT-II of the features, lowest first; 0 leaves the features as they are.
+            With a log filterbank underneath this is MFCC without liftering, computed from stored filterbank features.
         deltas: Orders of deltas appended (0, 1, 2).
         delta_window: Frames on each side of a delta's regression.
         normalization: Mean and variance normalisation.
@@ -111,6 +113,7 @@ class SpectralFrontendConfig:
 
     kind: Literal["spectral"] = "spectral"
     features: FeaturesConfig
+    cepstra: int = 0
     deltas: int = 0
     delta_window: int = 2
     normalization: NormalizationConfig = NormalizationConfig()

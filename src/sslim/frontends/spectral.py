@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sslim.audio import num_stacked_frames
-from sslim.batch import Padded
+from sslim.batch import Padded, zero_padding
 from sslim.frontends.config import SpectralFrontendConfig
 from sslim.frontends.context import append_deltas, stack_frames
 from sslim.frontends.kaldi import KaldiFeatures
@@ -17,6 +17,8 @@ from sslim.frontends.statistics import PUBLISHED_STATISTICS, check_statistics
 
 
 def _check(config: SpectralFrontendConfig) -> None:
+    if config.cepstra < 0:
+        raise ValueError(f"cepstra is {config.cepstra}; it must not be negative")
     if not 0 <= config.deltas <= 2:
         raise ValueError(f"deltas is {config.deltas}; accepted are 0, 1 and 2")
     if config.delta_window < 1:
@@ -25,6 +27,15 @@ def _check(config: SpectralFrontendConfig) -> None:
         raise ValueError(f"stack is {config.stack}; it must be at least 1")
     if config.normalization.eps < 0:
         raise ValueError(f"normalization.eps is {config.normalization.eps}; it must not be negative")
+
+
+def _dct(dim: int, num_kept: int) -> Tensor:
+    """Returns (F, C): the lowest C columns of the orthonormal DCT-II."""
+    band = torch.arange(dim, dtype=torch.float64)[:, None]
+    order = torch.arange(num_kept, dtype=torch.float64)[None, :]
+    matrix = torch.cos(torch.pi * order * (band + 0.5) / dim) * (2.0 / dim) ** 0.5
+    matrix[:, 0] *= 0.5**0.5
+    return matrix.float()
 
 
 class SpectralFrontend(nn.Module):
@@ -41,6 +52,7 @@ class SpectralFrontend(nn.Module):
 
     mean: Tensor | None
     std: Tensor | None
+    dct: Tensor | None
 
     def __init__(self, config: SpectralFrontendConfig) -> None:
         super().__init__()
@@ -52,7 +64,11 @@ class SpectralFrontend(nn.Module):
         self.base_frame_shift_s = self.features.shift / self.sample_rate
         self.stack = config.stack
         self.frame_shift_s = self.features.shift * config.stack / self.sample_rate
-        self.feature_dim = self.base_dim * (1 + config.deltas) * config.stack
+        if config.cepstra > self.base_dim:
+            raise ValueError(f"cepstra is {config.cepstra}, more than the {self.base_dim} features it is made from")
+        self.register_buffer("dct", _dct(self.base_dim, config.cepstra) if config.cepstra else None, persistent=False)
+        self.normalized_dim = (config.cepstra or self.base_dim) * (1 + config.deltas)
+        self.feature_dim = self.normalized_dim * config.stack
         self.register_buffer("mean", None)
         self.register_buffer("std", None)
 
@@ -83,7 +99,7 @@ class SpectralFrontend(nn.Module):
         if self.config.normalization.kind != "global":
             raise ValueError(f"a front-end with normalization {self.config.normalization.kind!r} takes no global statistics")
         check_statistics(mean_F, std_F, source)
-        dim = self.base_dim * (1 + self.config.deltas)
+        dim = self.normalized_dim
         if len(mean_F) != dim:
             raise ValueError(f"statistics {source} are for {len(mean_F)} features; this front-end has {dim}")
         device = self.features.window.device
@@ -108,12 +124,15 @@ class SpectralFrontend(nn.Module):
             return self.features(waveform_BS, lengths_B)
 
     def finish(self, base: Padded) -> Padded:
-        """Deltas, normalisation, stacking of base features (B, T, base_dim), any float type, to (B, T', feature_dim).
+        """Cepstra, deltas, normalisation, stacking of base features (B, T, base_dim), any float type, to (B, T', feature_dim).
 
         Raises:
             ValueError: Global statistics are needed and missing.
         """
         values = base.values if base.values.dtype == torch.float64 else base.values.float()
+        if self.dct is not None:
+            with torch.autocast(values.device.type, enabled=False):
+                values = zero_padding(values @ self.dct.to(values.dtype), base.lengths)
         features = append_deltas(Padded(values=values, lengths=base.lengths), self.config.deltas, self.config.delta_window)
         return stack_frames(self._normalize(features), self.stack, self.config.stack_tail)
 

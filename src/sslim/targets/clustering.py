@@ -20,7 +20,7 @@ from sslim.models import SpeechModel
 from sslim.targets.journal import COMMIT_PERIOD_S, FRAMES, Journal, WorkLabels, only_one
 from sslim.targets.kmeans import Codebook, KMeansConfig, KMeansState, fit
 from sslim.targets.quality import label_quality
-from sslim.targets.vectors import FeatureVectors, LayerVectors, Vectors
+from sslim.targets.vectors import FeatureVectors, LayerVectors, Vectors, mfcc_config
 
 OVERSAMPLING = 4  # a sampled utterance gives about every fourth frame, so the sample has four times the utterances
 MAX_SAMPLE_FRAMES = 500_000  # 1,000 for each of 500 clusters; 1.5 GB on disk at 768 dimensions
@@ -172,6 +172,7 @@ def make_vectors(
     model: SpeechModel | None = None,
     layer: int | None = None,
     *,
+    mfcc: bool = False,
     frame_period_s: float | None = None,
     codebook: LabelStore | None = None,
 ) -> Vectors:
@@ -181,6 +182,7 @@ def make_vectors(
         corpus: Whose frames.
         model: Whose layer; None for the corpus's features.
         layer: From 1; 0 is the input of the first block. Required with a model.
+        mfcc: Whether to cluster MFCC made from the corpus's features, instead of these themselves.
         frame_period_s: Seconds from one frame to the next; None for that of the features or the model.
         codebook: Labels whose codebook will be applied; features are normalised like those it was made of.
 
@@ -195,13 +197,16 @@ def make_vectors(
         )
     if model is not None and layer is not None:
         return LayerVectors(corpus, model, layer, frame_period_s=frame_period_s)
-    statistics = None
+    statistics, config = None, corpus.frontend_config
     if codebook is not None and codebook.origin.get("kind") == "features":
+        mfcc = codebook.origin["frontend"].get("cepstra", 0) > 0
         tensors = codebook.codebook()
         if "mean" in tensors:
             source = codebook.origin["frontend"]["normalization"]["statistics"]
             statistics = (tensors["mean"], tensors["std"], source)
-    return FeatureVectors(corpus, frame_period_s=frame_period_s, statistics=statistics)
+    if mfcc and config is not None:
+        config = mfcc_config(config)
+    return FeatureVectors(corpus, config=config, frame_period_s=frame_period_s, statistics=statistics)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

@@ -1,9 +1,9 @@
 """k-means for frames that need not fit into memory: a greedy k-means++ start on a sample, then mini-batches.
 
 The start is that of Arthur and Vassilvitskii (2007) in its greedy form: frames are drawn with a probability proportional to
-their squared distance from the centres so far, and of 2 + log K such trials the best becomes a centre. Most of the cost of k-means
-is there. So trials are drawn for several centres at once, which makes their distances one large matrix product, and the centres are
-taken from these one after the other, each the best after those before it.
+their squared distance from the centres so far, and of 2 + log K such trials the best becomes a centre. Most of the cost of
+k-means is there. So trials are drawn for several centres at once, which makes their distances one large matrix product, and the
+centres are taken from these one after the other, each the best after those before it.
 
 The batches follow MacQueen's rule in epochs: a centroid is the mean of the frames assigned to it in this epoch, with a remnant
 of the last one. So it forgets frames that it won before it moved, and improves like Lloyd's algorithm, only sooner.
@@ -28,6 +28,7 @@ from torch import Tensor
 from sslim.storage import load_tensors, save_tensors, sync
 
 CHUNK_FRAMES = 8192  # frames whose distances are held at once: 16 MB for 500 clusters
+START_FRAMES_PER_CLUSTER = 30
 MAX_PICKS = 8  # starting centres taken from one set of trials
 START, SHUFFLE, REVIVE = 0, 1, 2  # what a random stream is for
 
@@ -42,7 +43,7 @@ class KMeansConfig:
         max_epochs: Passes over the frames at most.
         tolerance: Stop when an epoch lowers the inertia by less than this share.
         batch_frames: Frames after which the centroids move.
-        start_frames: Frames of the sample on which the start is chosen.
+        start_frames: Frames of the sample on which the start is chosen; 30 for each cluster if that is more.
         start_trials: Frames tried for each starting centre; None for 2 + log K.
         memory: Weight of the last epoch's frames in this one's means.
         revive_below: Clusters with less than this share of the mean number of frames get a new centre after an epoch; 0: never.
@@ -53,19 +54,13 @@ class KMeansConfig:
     max_epochs: int = 10
     tolerance: float = 1e-3
     batch_frames: int = 10_000
-    start_frames: int = 50_000
+    start_frames: int = 20_000
     start_trials: int | None = None
     memory: float = 0.02
     revive_below: float = 0.01
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("num_clusters", 1),
-            ("max_epochs", 1),
-            ("batch_frames", 1),
-            ("start_frames", 1),
-            ("start_dims", 0),
-        ):
+        for name, least in (("num_clusters", 1), ("max_epochs", 1), ("batch_frames", 1), ("start_frames", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.seed < 0:
@@ -270,7 +265,7 @@ def start(frames: Frames, config: KMeansConfig, device: torch.device | str = "cp
             f"{num_clusters} clusters need at least as many frames; there are {num_frames}: ask for fewer clusters"
         )
     rng = _random(config, START)
-    size = min(num_frames, max(config.start_frames, num_clusters))
+    size = min(num_frames, max(config.start_frames, START_FRAMES_PER_CLUSTER * num_clusters))
     x_NF = _rows(frames, np.sort(rng.choice(num_frames, size, replace=False)), device)
     if not bool(torch.isfinite(x_NF).all()):
         raise ValueError("the frames to be clustered hold a non-finite value")

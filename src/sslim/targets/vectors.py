@@ -21,7 +21,7 @@ from sslim.batch import Padded
 from sslim.config import to_plain
 from sslim.data.alignment import frame_length_s
 from sslim.data.corpus import Corpus
-from sslim.frontends import SpectralFrontendConfig, build_frontend
+from sslim.frontends import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig, build_frontend
 from sslim.models import SpeechModel
 from sslim.models.encoding import corpus_inputs, length_batches, num_model_frames
 
@@ -84,11 +84,26 @@ def _stack(corpus: Corpus, config: SpectralFrontendConfig, frame_period_s: float
     return stack
 
 
+def mfcc_config(config: SpectralFrontendConfig) -> SpectralFrontendConfig:
+    """Returns 13 cepstra of a corpus's filterbank with two orders of deltas, normalised for each utterance.
+
+    What HuBERT's first iteration clusters (Hsu et al. 2021, section III-B), here without speaker and channel as far as a mean and a
+    standard deviation hold them.
+
+    Raises:
+        ValueError: The corpus does not hold log filterbank features.
+    """
+    if not isinstance(config.features, FilterbankConfig) or not config.features.log:
+        raise ValueError(f"MFCC are made from log filterbank features; this corpus holds {config.features.kind}")
+    return replace(config, cepstra=13, deltas=2, normalization=NormalizationConfig(kind="utterance"))
+
+
 class FeatureVectors:
-    """The corpus's own features as a model would get them: deltas, normalisation, stacking. Implements :class:`Vectors`.
+    """The corpus's features as a model would get them: deltas, normalisation, stacking. Implements :class:`Vectors`.
 
     Args:
         corpus: A corpus with features.
+        config: What to make of them; None for the corpus's own description.
         frame_period_s: Frames are stacked to reach it; None for the corpus's own.
         statistics: mean, std and source to normalise with (a codebook's); None for those of the corpus.
 
@@ -97,9 +112,14 @@ class FeatureVectors:
     """
 
     def __init__(
-        self, corpus: Corpus, *, frame_period_s: float | None = None, statistics: tuple[Tensor, Tensor, str] | None = None
+        self,
+        corpus: Corpus,
+        *,
+        config: SpectralFrontendConfig | None = None,
+        frame_period_s: float | None = None,
+        statistics: tuple[Tensor, Tensor, str] | None = None,
     ) -> None:
-        config = corpus.frontend_config
+        config = corpus.frontend_config if config is None else config
         if config is None:
             raise ValueError(f"corpus {corpus.name} holds no features: cluster a layer of a model, or prepare it with features")
         self.corpus = corpus

@@ -135,9 +135,8 @@ def load_optimizer_state(folder: str | Path, optimizer: Optimizer, module: nn.Mo
 
 
 def _place(value: Tensor, field: str, parameter: nn.Parameter, fused: bool) -> Any:
-    if field == "step":  # fused kernels count on the device, the others on the CPU
-        return value.to(parameter.device if fused else "cpu")
-    return value.to(parameter.device)
+    # Fused kernels count steps on the device, the others on the CPU. A copy, because what was read may still be the mapped file.
+    return value.to("cpu" if field == "step" and not fused else parameter.device, copy=True)
 
 
 OPTIMIZERS: dict[str, Callable[[dict[str, nn.Parameter], OptimizerConfig], Optimizer]] = {"adam": _adam, "adamw": _adamw}
