@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from sslim.frontends import NormalizationConfig
 from sslim.models.melhubert import melhubert
 from sslim.objectives import MaskedPredictionConfig, MaskingConfig
 from sslim.recipes.pretrain import DataConfig, PretrainRecipe
@@ -41,12 +44,22 @@ def melhubert_10ms() -> PretrainRecipe:
     )
 
 
-def _small(name: str, about: str, model_settings: dict[str, int], training: TrainerConfig, data: DataConfig) -> PretrainRecipe:
+def _small(
+    name: str, about: str, model_settings: dict[str, float], training: TrainerConfig, data: DataConfig
+) -> PretrainRecipe:
+    """What differs from the published recipe, because minutes on little data must do (LOG.md, 2026-11-21):
+
+    every utterance is normalised by itself, there is no dropout, frames that are not hidden count too (half as much), and every
+    frame can be hidden. Targets should be clusters of MFCC (`sslim cluster --mfcc`).
+    """
+    model = melhubert(**model_settings, dropout=0.0)  # type: ignore[arg-type]
+    assert model.frontend is not None
+    frontend = replace(model.frontend, normalization=NormalizationConfig(kind="utterance", eps=1e-3))
     return PretrainRecipe(
         name=name,
         about=about,
-        model=melhubert(**model_settings),
-        objective=MaskedPredictionConfig(masking=MaskingConfig(probability=0.7, span_length=5)),
+        model=replace(model, frontend=frontend),
+        objective=MaskedPredictionConfig(masking=MaskingConfig(probability=0.7, span_length=5), unmasked_weight=0.5),
         training=training,
         data=data,
     )
@@ -82,7 +95,7 @@ def melhubert_mini() -> PretrainRecipe:
             "conv_groups": 8,
         },
         TrainerConfig(
-            total_steps=3_000,
+            total_steps=4_000,
             optimizer=OptimizerConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01),
             schedule=ScheduleConfig(kind="linear", warmup_share=0.08),
             max_grad_norm=5.0,
@@ -90,7 +103,7 @@ def melhubert_mini() -> PretrainRecipe:
             validate_every=200,
             save_every=500,
         ),
-        DataConfig(batch_s=60.0),
+        DataConfig(batch_s=30.0, crop_s=10.0),
     )
 
 

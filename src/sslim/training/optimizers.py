@@ -135,7 +135,7 @@ def load_optimizer_state(folder: str | Path, optimizer: Optimizer, module: nn.Mo
 
 
 def _place(value: Tensor, field: str, parameter: nn.Parameter, fused: bool) -> Any:
-    # Fused kernels count steps on the device, the others on the CPU. A copy, because what was read may still be the mapped file.
+    # Fused kernels count steps on the device, the others on the CPU. A copy, because what was read may be a mapped file.
     return value.to("cpu" if field == "step" and not fused else parameter.device, copy=True)
 
 
