@@ -36,7 +36,7 @@ class Options:
     layer: int | None = None
     """Layer of the model, from 1; 0 is what enters the first block. Stage 2 of MelHuBERT takes layer 8 of 12."""
     mfcc: bool = False
-    """Cluster MFCC made from the corpus's filterbank features, as HuBERT's first iteration does, instead of these themselves."""
+    """Cluster MFCC made from the corpus's filterbank features, as HuBERT's first iteration does, not the features."""
     num_clusters: Annotated[int | None, tyro.conf.arg(aliases=["--clusters"])] = None
     """How many; 100 when not given."""
     name: str | None = None

@@ -132,7 +132,8 @@ def cluster_step(config: DemoConfig, num_frames: int) -> Step:
     return Step(
         about="Make targets without any transcript: k-means sorts frames into clusters, whose numbers will be predicted.",
         command=(
-            "cluster", str(config.corpus), "--mfcc", "--name", LABELS, "--num-clusters", str(num_clusters), "--seed", str(config.seed)
+            "cluster", str(config.corpus), "--mfcc", "--name", LABELS,
+            "--num-clusters", str(num_clusters), "--seed", str(config.seed)
         ),
         is_done=lambda: (config.corpus / "labels" / LABELS / "digests.json").is_file(),
     )  # fmt: skip

@@ -29,6 +29,7 @@ from sslim.storage import load_tensors, save_tensors, sync
 
 CHUNK_FRAMES = 8192  # frames whose distances are held at once: 16 MB for 500 clusters
 START_FRAMES_PER_CLUSTER = 30
+HALVING_STEP = 0.01
 MAX_PICKS = 8  # starting centres taken from one set of trials
 START, SHUFFLE, REVIVE = 0, 1, 2  # what a random stream is for
 
@@ -46,13 +47,14 @@ class KMeansConfig:
         start_frames: Frames of the sample on which the start is chosen; 30 for each cluster if that is more.
         start_trials: Frames tried for each starting centre; None for 2 + log K.
         memory: Weight of the last epoch's frames in this one's means.
-        revive_below: Clusters with less than this share of the mean number of frames get a new centre after an epoch; 0: never.
+        revive_below: Clusters that have less than this share of the mean number of frames after an epoch get half of another;
+            0 for never.
     """
 
     num_clusters: int
     seed: int = 0
     max_epochs: int = 10
-    tolerance: float = 1e-3
+    tolerance: float = 5e-3
     batch_frames: int = 10_000
     start_frames: int = 20_000
     start_trials: int | None = None
@@ -356,21 +358,26 @@ def _end_epoch(state: KMeansState, frames: Frames, config: KMeansConfig) -> None
 
 
 def _revive(state: KMeansState, frames: Frames, config: KMeansConfig, weak: Tensor) -> int:
-    """Puts the centres of weak clusters on frames drawn in proportion to their squared distance; returns how many."""
+    """Gives weak clusters a half of clusters with much inertia; returns how many.
+
+    A frame is drawn in proportion to its squared distance, and the new centre put a small step from its centroid towards it, so
+    that the plane between them halves the cluster. The frame itself would not do: under noise in many dimensions it wins none.
+    """
     rng = _random(config, REVIVE, state.epoch)
     size = min(len(frames), max(config.batch_frames, 20 * len(weak)))
     x_NF = _rows(frames, np.sort(rng.choice(len(frames), size, replace=False)), state.shift_F.device) - state.shift_F
     norms_K = state.centroids_KF.square().sum(1)
-    distances = torch.cat([_nearest(chunk, state.centroids_KF, norms_K)[1] for chunk in x_NF.split(CHUNK_FRAMES)])
-    weights = distances.double().cpu().numpy()
-    # frames that a centroid sits on differ from it by no more than rounding; they would make a second one of the same place
-    weights[weights <= 1e-6 * float(x_NF.square().sum(1).mean())] = 0.0
+    parts = [_nearest(chunk, state.centroids_KF, norms_K) for chunk in x_NF.split(CHUNK_FRAMES)]
+    labels_N, distances_N = torch.cat([labels for labels, _ in parts]), torch.cat([distances for _, distances in parts])
+    # frames that a centroid sits on differ from it by no more than rounding, and weak clusters are not worth halving
+    usable_N = (distances_N > 1e-6 * x_NF.square().sum(1).mean()) & ~torch.isin(labels_N, weak)
+    weights = (distances_N.double() * usable_N).cpu().numpy()
     number = min(len(weak), int((weights > 0).sum()))
     if number == 0:
         return 0
     rows = torch.from_numpy(rng.choice(size, number, replace=False, p=weights / weights.sum())).to(x_NF.device)
-    weak = weak[:number]
-    state.centroids_KF[weak] = x_NF[rows]
+    weak, halved_KF = weak[:number], state.centroids_KF[labels_N[rows]]
+    state.centroids_KF[weak] = halved_KF + HALVING_STEP * (x_NF[rows] - halved_KF)
     state.sums_KF[weak], state.counts_K[weak] = 0.0, 0.0
     state.num_revived += number
     return number

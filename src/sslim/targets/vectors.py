@@ -87,8 +87,8 @@ def _stack(corpus: Corpus, config: SpectralFrontendConfig, frame_period_s: float
 def mfcc_config(config: SpectralFrontendConfig) -> SpectralFrontendConfig:
     """Returns 13 cepstra of a corpus's filterbank with two orders of deltas, normalised for each utterance.
 
-    What HuBERT's first iteration clusters (Hsu et al. 2021, section III-B), here without speaker and channel as far as a mean and a
-    standard deviation hold them.
+    What HuBERT's first iteration clusters (Hsu et al. 2021, section III-B), here without speaker and channel as
+    far as a mean and a standard deviation hold them.
 
     Raises:
         ValueError: The corpus does not hold log filterbank features.

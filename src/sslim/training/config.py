@@ -32,7 +32,6 @@ class TrainerConfig:
         num_workers: Processes that build batches; 0 uses a thread, which is enough for stored features.
         device: Where to train.
         max_bad_steps: Non-finite steps in a row that end the run.
-        find_unused_parameters: Needed with several processes when some trained parameters do not reach the loss in every step.
         tensorboard: Also write TensorBoard events.
         optimizer: Optimiser.
         schedule: Learning rate over the steps.
@@ -56,7 +55,6 @@ class TrainerConfig:
     num_workers: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_bad_steps: int = 10
-    find_unused_parameters: bool = False
     tensorboard: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -94,7 +92,6 @@ MAY_CHANGE = frozenset(
         "num_workers",
         "device",
         "max_bad_steps",
-        "find_unused_parameters",
         "tensorboard",
     }
 )

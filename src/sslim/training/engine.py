@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sslim.batch import Batch, StepOutput
 from sslim.training.config import TrainerConfig
@@ -76,30 +74,23 @@ class Engine:
             objective.set_gradient_checkpointing(True)  # type: ignore[operator]
         self.optimizer = build_optimizer(objective, config.optimizer)
         self.parameters = list(trained_parameters(objective).values())
-        self.network: nn.Module = objective
         self._validation_totals: dict[str, Tensor] | None = None
 
     def begin(self) -> None:
-        """Compiles and wraps for several processes; after the parameters have been restored."""
+        """Compiles, and gives all processes the same parameters; after these have been restored."""
+        self.processes.copy_from_main(tensor.detach() for tensor in self.objective.state_dict().values())
         if self.config.compile:
             self.objective.compile(backend=self.config.compile_backend)
-        if self.processes.world_size > 1:
-            self.network = DistributedDataParallel(
-                self.objective,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=self.config.find_unused_parameters,
-            )
 
     def _prepare(self, batch: Batch, *purpose: int | str) -> Any:
         seed = derive_seed(self.config.seed, "prepare", *purpose)
         seed_device(seed, self.device)
         return self.objective.prepare(batch.to(self.device), torch.Generator().manual_seed(seed))  # type: ignore[operator]
 
-    def _forward(self, network: nn.Module, prepared: Any, totals: dict[str, Tensor], *purpose: int | str) -> StepOutput:
+    def _forward(self, prepared: Any, totals: dict[str, Tensor], *purpose: int | str) -> StepOutput:
         seed_device(derive_seed(self.config.seed, "forward", *purpose), self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return network(prepared, totals)
+            return self.objective(prepared, totals)
 
     def _totals(self, weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Adds weights up over micro-batches and processes; at least 1, so that an empty term is divided by something."""
@@ -115,23 +106,20 @@ class Engine:
             TrainingError: The GPU has not enough memory. (Going on without that micro-batch would change the step in silence.)
         """
         self.objective.train()
-        world_size = self.processes.world_size
-        micro = [self.processes.rank + i * world_size for i in range(len(batches))]
+        micro = [self.processes.rank + i * self.processes.world_size for i in range(len(batches))]
         losses, sums = [], Sums(self.device)
         try:
             prepared = [self._prepare(batch, step, j) for batch, j in zip(batches, micro, strict=True)]
             totals = self._totals([item.weights for item in prepared])
             for item, j in zip(prepared, micro, strict=True):
-                # Gradients travel once a step. DDP averages over processes, while the losses are shares of one sum.
-                silent = world_size > 1 and j != micro[-1]
-                with self.network.no_sync() if silent else nullcontext():  # type: ignore[operator]
-                    output = self._forward(self.network, item, totals, step, j)
-                    (output.loss * world_size).backward()
+                output = self._forward(item, totals, step, j)
+                output.loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(output.loss.detach())
                 sums.add({**output.metrics, "loss": (output.loss, 0.0)})
         except torch.OutOfMemoryError as error:
             shapes = ", ".join(str(tuple(batch.inputs.shape)) for batch in batches)
             raise TrainingError(f"out of memory at step {step} with inputs {shapes}: lower max_frames_per_batch") from error
+        self.processes.sum_gradients(self.parameters)
         return self._update(losses, sums, learning_rate)
 
     def _update(self, losses: list[Tensor], sums: Sums, learning_rate: float) -> StepOutcome:
@@ -175,7 +163,7 @@ class Engine:
                 if self.processes.world_size == 1 and stopped():
                     return None
                 prepared = self._prepare(source[0, i], "validation", i)
-                output = self._forward(self.objective, prepared, self._validation_totals, "validation", i)
+                output = self._forward(prepared, self._validation_totals, "validation", i)
                 sums.add({**output.metrics, "loss": (output.loss, 0.0)})
             total = sums.gathered(self.processes)
             return means({**total, "loss": [total["loss"][0], 1.0]})
