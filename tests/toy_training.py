@@ -31,13 +31,14 @@ class ToyPrepared:
 class ToyObjective(nn.Module):
     """Names each frame's class; masked frames are zeroed. Dropout, masks and unequal frame counts on purpose."""
 
-    def __init__(self, seed: int = 0, dropout: float = 0.2) -> None:
+    def __init__(self, seed: int = 0, dropout: float = 0.2, *, rare: bool = False) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.encoder = nn.GRU(WIDTH, 8, batch_first=True)
         self.norm = nn.LayerNorm(8)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(8, NUM_CLASSES)
+        self.rare = nn.Parameter(torch.zeros(NUM_CLASSES)) if rare else None  # used by few micro-batches only
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> ToyPrepared:
         assert batch.labels is not None
@@ -50,6 +51,8 @@ class ToyObjective(nn.Module):
         inputs, labels_BT = prepared.batch.inputs.float(), prepared.batch.labels
         hidden = torch.where(prepared.mask_BT[..., None], 0.0, inputs)
         logits = self.head(self.dropout(self.norm(self.encoder(hidden)[0]))).float()
+        if self.rare is not None and logits.shape[1] in (8, 9, 10):
+            logits = logits + self.rare
         loss_BT = nn.functional.cross_entropy(logits.transpose(1, 2), labels_BT, reduction="none", ignore_index=IGNORED_LABEL)
         masked, unmasked = (loss_BT * prepared.mask_BT).sum(), (loss_BT * ~prepared.mask_BT).sum()
         loss = masked / totals["masked"] + 0.5 * unmasked / totals["unmasked"]
@@ -109,7 +112,7 @@ def toy_config(**changes) -> TrainerConfig:
 
 
 def toy_trainer(folder: Path, config: TrainerConfig, batches: ToyBatches | None = None, **options) -> Trainer:
-    objective = options.pop("objective", None) or ToyObjective()
+    objective = options.pop("objective", None) or ToyObjective(rare=True)
 
     def save_model(place: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
@@ -149,5 +152,15 @@ def main() -> TrainingResult:
         return trainer.run()
 
 
+def gloo_threads() -> list[str]:
+    """Threads of a process group that is not gone; they can abort the interpreter when it ends."""
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.is_dir() else []
+    return [name for name in names if "gloo" in name]
+
+
 if __name__ == "__main__":
-    raise SystemExit(main().exit_code)
+    result = main()
+    if gloo_threads():
+        raise SystemExit(f"left behind: {gloo_threads()}")
+    raise SystemExit(result.exit_code)

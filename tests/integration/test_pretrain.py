@@ -18,7 +18,19 @@ from sslim.models.melhubert import melhubert_frontend
 from sslim.training import read_metrics
 
 CLUSTERS = 6
-TINY = ["melhubert-tiny", "--steps", "60", "--set", "model.encoder.dropout=0.0", "--set", "data.batch_s=8", "--threads", "1"]
+TINY = [
+    "melhubert-tiny",
+    "--steps",
+    "60",
+    "--set",
+    "model.encoder.dropout=0.0",
+    "--set",
+    "data.batch_s=8",
+    "--set",
+    "model.frontend.normalization.kind=global",
+    "--threads",
+    "1",
+]
 
 
 def label_sequence(i: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
 
 BUCKET_ELEMENTS = 8 * 2**20  # gradients that travel together: 32 MB of float32
 
@@ -74,10 +74,9 @@ class Processes:
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Adds gradients up over the processes, in place; a parameter that no process has a gradient for keeps none.
 
-        This is what DistributedDataParallel is for, without its demands: parameters may stay out of a step (layer drop,
-        subnets) and the process group ends when it is told to. (With torch 2.13 DDP keeps gloo's threads until the interpreter
-        is torn down, which now and then aborts it.) The exchange waits for the last backward instead of overlapping with it;
-        once a step, for models of this size, that is a few per cent.
+        DistributedDataParallel would do this while the backward pass still runs, but wants every parameter in every step, which
+        layer drop and sampled subnets break, and every trained layer inside one ``forward``. Once a step, for models of this
+        size, waiting costs a few per cent at most.
         """
         if self.world_size == 1:
             return
@@ -145,6 +144,10 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     place = pick_device(device, processes)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    # This module's default arguments hold the process group that exists when it is first imported (by torch.optim, for one).
+    # Then gloo's threads outlive destroy_process_group, and now and then abort the interpreter when it ends.
+    importlib.import_module("torch.distributed.nn")
+
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield processes

@@ -113,7 +113,7 @@ class Engine:
             totals = self._totals([item.weights for item in prepared])
             for item, j in zip(prepared, micro, strict=True):
                 output = self._forward(item, totals, step, j)
-                output.loss.backward()  # type: ignore[no-untyped-call]
+                output.loss.backward()
                 losses.append(output.loss.detach())
                 sums.add({**output.metrics, "loss": (output.loss, 0.0)})
         except torch.OutOfMemoryError as error:

@@ -100,10 +100,10 @@ def load_optimizer_state(folder: str | Path, optimizer: Optimizer, module: nn.Mo
         folder: Checkpoint folder with ``optimizer.safetensors``.
         optimizer: Made by ``build_optimizer`` from ``module``.
         module: The objective.
-        strict: Whether every stored tensor must be used and every parameter of an optimiser that has made a step must get one.
+        strict: Whether every stored tensor must be used.
 
     Returns:
-        Names of parameters that start without moments: new ones, and those whose shape is another now.
+        Names of parameters that start without moments: new ones, those never updated, and those of another shape now.
 
     Raises:
         ValueError: The file is missing or unreadable, nothing in it fits, or ``strict`` is violated.
@@ -121,14 +121,15 @@ def load_optimizer_state(folder: str | Path, optimizer: Optimizer, module: nn.Mo
     fresh = []
     for name, parameter in trained_parameters(module).items():
         state = stored.pop(name, None)
-        if state is None or any(value.dim() > 0 and value.shape != parameter.shape for value in state.values()):
+        fits = state is not None and all(value.dim() == 0 or value.shape == parameter.shape for value in state.values())
+        if strict and state is not None and not fits:
+            raise ValueError(f"{path} has no fitting moments for {name!r}")
+        if state is None or not fits:  # without moments: never updated so far, or new
             fresh.append(name)
             continue
         optimizer.state[parameter] = {field: _place(value, field, parameter, fused) for field, value in state.items()}
     if strict and stored:
         raise ValueError(f"{path} holds moments of {sorted(stored)[0]!r}, which this objective does not train")
-    if strict and fresh and optimizer.state:
-        raise ValueError(f"{path} has no fitting moments for {fresh[0]!r}")
     if not strict and not optimizer.state:
         raise ValueError(f"{path} has no moments that fit any parameter of this objective")
     return fresh

@@ -30,10 +30,10 @@ class Objective(Protocol):
     up their sums. So the trainer first prepares every micro-batch of the step, adds up the weights, and then hands the
     totals to each ``forward``, whose loss is ``sum over terms of coefficient * sum_of_term / totals[term]``.
 
-    ``prepare`` runs on the device without autocast; ``forward`` runs under autocast when bf16 is
-    asked for and is what gets compiled and wrapped for several processes: layers that are trained belong there. An
-    objective may also have ``set_gradient_checkpointing(enabled)``. A frozen teacher keeps itself in eval mode (by
-    overriding ``train``) and has ``requires_grad`` off, which keeps it out of the optimiser.
+    ``prepare`` runs on the device without autocast; ``forward`` runs under autocast when bf16 is asked for and is what gets
+    compiled: layers that are trained belong there. An objective may also have ``set_gradient_checkpointing(enabled)``. A
+    frozen teacher keeps itself in eval mode (by overriding ``train``) and has ``requires_grad`` off, which keeps it out of
+    the optimiser.
     """
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Any:

@@ -134,7 +134,7 @@ def test_a_saved_run_continues_to_the_same_bits(tmp_path, after):
     config = KMeansConfig(num_clusters=20, batch_frames=200, max_epochs=4, tolerance=0.0)
     batches = 0
 
-    class KilledErrorError(Exception):
+    class KilledError(Exception):
         pass
 
     def save_and_stop(state: KMeansState) -> None:
@@ -142,10 +142,10 @@ def test_a_saved_run_continues_to_the_same_bits(tmp_path, after):
         batches += 1
         if batches == after:
             state.save(tmp_path / "state.safetensors")
-            raise KilledErrorError
+            raise KilledError
 
     whole = fit(frames, config)
-    with pytest.raises(KilledErrorError):
+    with pytest.raises(KilledError):
         fit(frames, config, on_batch=save_and_stop)
     continued = fit(frames, config, state=KMeansState.load(tmp_path / "state.safetensors"))
     assert as_bytes(continued) == as_bytes(whole)

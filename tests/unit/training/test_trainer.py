@@ -225,11 +225,11 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path):
 
 def test_another_objective_is_refused_by_name(tmp_path: Path):
     toy_trainer(tmp_path / "run", toy_config(total_steps=5)).run()
-    larger = ToyObjective()
+    larger = ToyObjective(rare=True)
     larger.head = torch.nn.Linear(8, 6)
     with pytest.raises(ValueError, match=r"'head\.bias' has shape \(5,\), the objective \(6,\)"):
         toy_trainer(tmp_path / "run", toy_config(total_steps=6), objective=larger).run()
-    extended = ToyObjective()
+    extended = ToyObjective(rare=True)
     extended.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"'extra\.bias' is only in the objective"):
         toy_trainer(tmp_path / "run", toy_config(total_steps=6), objective=extended).run()
