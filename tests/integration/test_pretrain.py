@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +20,7 @@ from sslim.data.labels import LabelStore
 from sslim.data.prepare import prepare
 from sslim.data.sources import Source, SourceUtterance
 from sslim.models.melhubert import melhubert_frontend
-from sslim.training import read_metrics
+from sslim.training import WALL_CLOCK_FIELDS, read_metrics
 
 CLUSTERS = 6
 TINY = [
@@ -94,6 +99,52 @@ def test_the_same_command_on_a_finished_run_changes_nothing(corpus: Corpus, fini
     assert run(*TINY, corpus.path, "--labels", "made", "--output", finished) == 0
     assert (finished / "metrics.jsonl").read_text() == before
     assert (finished / "model" / "digests.json").read_text() == digest
+
+
+def start(arguments: list[object], *launcher: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", *(launcher or ("sslim",)), "pretrain", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_run_killed_with_kill_9_and_started_again_is_the_undisturbed_run(
+    corpus: Corpus, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = [*TINY, corpus.path, "--labels", "made", "--output", output, "--set", "training.save_every=7"]
+    process = start(arguments)
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints" / "step-00000021").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (output / "model").exists()  # it was stopped in the middle
+    again = start(arguments)
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    for name in ("model/model.safetensors", "checkpoints/step-00000060/optimizer.safetensors"):
+        assert (output / name).read_bytes() == (finished / name).read_bytes(), name
+    logs = []
+    for folder in (output, finished):
+        records = read_metrics(folder / "metrics.jsonl")
+        logs.append([{k: v for k, v in record.items() if k not in WALL_CLOCK_FIELDS} for record in records])
+    assert logs[0] == logs[1]
+
+
+def test_torchrun_with_two_processes_gives_the_losses_of_one(corpus: Corpus, tmp_path: Path) -> None:
+    common = [*TINY, corpus.path, "--labels", "made", "--steps", "6", "--set", "training.log_every=1"]
+    assert run(*common, "--output", tmp_path / "one", "--accumulate", "2") == 0
+    process = start(
+        [*common, "--output", tmp_path / "two"], "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sslim"
+    )
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    one, two = (
+        [record["masked_loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl") if record["kind"] == "train"]
+        for name in ("one", "two")
+    )
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_other_settings_in_the_same_folder_are_refused(
