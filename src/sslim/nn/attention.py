@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslim.batch import valid_mask
+from sslim.nn.dropout import dropout
 from sslim.nn.linear import linear
+
+MAX_EXPLICIT_FRAMES = 512
 
 
 def attention_mask(
@@ -81,22 +84,33 @@ class SelfAttention(nn.Module):
         k_BNTH = self.key(x_BTD).view(shape).transpose(1, 2)
         v_BNTH = self.value(x_BTD).view(shape).transpose(1, 2)
         weights = None
-        dropout = self.dropout if self.training else 0.0
-        if need_weights:
+        probability = self.dropout if self.training else 0.0
+        if need_weights or _explicit_is_faster(q_BNTH, probability):
             weights = self._weights(q_BNTH, k_BNTH, mask)
-            context_BNTH = F.dropout(weights, dropout) @ v_BNTH
+            context_BNTH = dropout(weights, probability, self.training) @ v_BNTH
         else:
             context_BNTH = F.scaled_dot_product_attention(
-                q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout, is_causal=self.causal and mask is None
+                q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=probability, is_causal=self.causal and mask is None
             )
         context_BTD = context_BNTH.transpose(1, 2).reshape(batch, num_frames, self.num_heads * self.head_dim)
-        return self.output(context_BTD), weights
+        return self.output(context_BTD), weights if need_weights else None
 
     def _weights(self, q_BNTH: Tensor, k_BNTH: Tensor, mask: Tensor | None) -> Tensor:
-        scores_BNTT = (q_BNTH @ k_BNTH.transpose(-1, -2)).float() / math.sqrt(self.head_dim)
+        scores_BNTT = (q_BNTH / math.sqrt(self.head_dim)) @ k_BNTH.transpose(-1, -2)
         if mask is None and self.causal:
             size = scores_BNTT.shape[-1]
             mask = torch.ones(size, size, dtype=torch.bool, device=scores_BNTT.device).tril()
         if mask is not None:
             scores_BNTT = scores_BNTT.masked_fill(~mask, float("-inf"))
         return scores_BNTT.softmax(-1).to(q_BNTH.dtype)
+
+
+def _explicit_is_faster(q_BNTH: Tensor, probability: float) -> bool:
+    """Where torch's fused kernel is not the best one: on a CPU.
+
+    With dropout it falls back to explicit weights and a slow mask; in bf16 on short inputs two matrix products beat it
+    (375 frames: 10 against 14 ms a layer; 750 frames: 80 against 63).
+    """
+    if q_BNTH.device.type != "cpu":
+        return False
+    return probability > 0.0 or (q_BNTH.dtype == torch.bfloat16 and q_BNTH.shape[2] <= MAX_EXPLICIT_FRAMES)

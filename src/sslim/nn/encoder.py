@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sslim.batch import EncoderOutput, zero_padding
 from sslim.nn.attention import SelfAttention, attention_mask
+from sslim.nn.dropout import dropout
 from sslim.nn.linear import linear
 from sslim.nn.positions import ConvPositions, ConvPositionsConfig, PositionsConfig, SinusoidPositions
 
@@ -137,7 +138,7 @@ class FeedForward(nn.Module):
         self.dropout = config.activation_dropout
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.dropout(self.activation(self.up(x_BTD)), self.dropout, self.training))
+        return self.down(dropout(self.activation(self.up(x_BTD)), self.dropout, self.training))
 
 
 class Block(nn.Module):
@@ -168,12 +169,12 @@ class Block(nn.Module):
             residual = x_BTD
             x_BTD = self.attention_norm(x_BTD) if self.pre_norm else x_BTD
             x_BTD, weights = self.attention(x_BTD, mask, need_weights=need_weights)
-            x_BTD = residual + F.dropout(x_BTD, self.dropout, self.training)
+            x_BTD = residual + dropout(x_BTD, self.dropout, self.training)
             x_BTD = x_BTD if self.pre_norm else self.attention_norm(x_BTD)
         if self.feedforward is not None:
             residual = x_BTD
             x_BTD = self.feedforward_norm(x_BTD) if self.pre_norm else x_BTD
-            x_BTD = residual + F.dropout(self.feedforward(x_BTD), self.dropout, self.training)
+            x_BTD = residual + dropout(self.feedforward(x_BTD), self.dropout, self.training)
             x_BTD = x_BTD if self.pre_norm else self.feedforward_norm(x_BTD)
         return x_BTD, weights
 
@@ -251,7 +252,7 @@ class Encoder(nn.Module):
         x_BTD = x_BTD if lengths_B is None else zero_padding(x_BTD, lengths_B)
         x_BTD = x_BTD if self.positions is None else self.positions(x_BTD)
         x_BTD = x_BTD if self.input_norm is None else self.input_norm(x_BTD)
-        return F.dropout(x_BTD, self.config.dropout, self.training)
+        return dropout(x_BTD, self.config.dropout, self.training)
 
     def _leave(self, final: Tensor, layers: list[Tensor], attentions: list[Tensor], lengths_B: Tensor | None) -> EncoderOutput:
         if lengths_B is None:
