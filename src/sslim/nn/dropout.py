@@ -1,6 +1,7 @@
 """Dropout that does not dominate a training step on a CPU.
 
-torch draws one Mersenne-Twister number for every element on a CPU, 15 % of a training step of MelHuBERT (LOG.md, 2026-11-21). Here every 64-bit draw serves four elements. Elsewhere torch's own kernels are used.
+torch draws one Mersenne-Twister number for every element on a CPU, 15 % of a training step of MelHuBERT (LOG.md,
+2026-11-21). Here every 64-bit draw serves four elements. Elsewhere torch's own kernels are used.
 """
 
 from __future__ import annotations
