@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 from sslim.frontends.base import Frontend
 from sslim.frontends.config import (
+    HUBERT_CONV_LAYERS,
+    ConvFrontendConfig,
+    ConvLayerConfig,
     FeaturesConfig,
     FilterbankConfig,
     FrontendConfig,
@@ -13,13 +18,18 @@ from sslim.frontends.config import (
     SpectrogramConfig,
     Window,
 )
+from sslim.frontends.convolution import ConvFrontend
 from sslim.frontends.spectral import SpectralFrontend
 from sslim.frontends.statistics import PUBLISHED_STATISTICS, RunningStatistics, load_statistics
 
-FRONTENDS = {"spectral": SpectralFrontend}
+FRONTENDS: dict[str, Any] = {"spectral": SpectralFrontend, "convolution": ConvFrontend}
 
 
-def build_frontend(config: FrontendConfig) -> SpectralFrontend:
+@overload
+def build_frontend(config: SpectralFrontendConfig) -> SpectralFrontend: ...
+@overload
+def build_frontend(config: ConvFrontendConfig) -> ConvFrontend: ...
+def build_frontend(config: FrontendConfig) -> SpectralFrontend | ConvFrontend:
     """Returns the front-end that ``config`` describes, without statistics.
 
     Raises:
@@ -30,7 +40,11 @@ def build_frontend(config: FrontendConfig) -> SpectralFrontend:
 
 __all__ = [
     "FRONTENDS",
+    "HUBERT_CONV_LAYERS",
     "PUBLISHED_STATISTICS",
+    "ConvFrontend",
+    "ConvFrontendConfig",
+    "ConvLayerConfig",
     "FeaturesConfig",
     "FilterbankConfig",
     "Frontend",

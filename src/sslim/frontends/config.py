@@ -121,4 +121,59 @@ class SpectralFrontendConfig:
     stack_tail: Literal["pad", "drop"] = "pad"
 
 
-FrontendConfig = SpectralFrontendConfig  # becomes a union, told apart by ``kind``, with the convolutional front-end
+@dataclass(frozen=True, kw_only=True)
+class ConvLayerConfig:
+    """One convolution over time, without padding.
+
+    Attributes:
+        channels: Outputs.
+        kernel: Taps.
+        stride: Inputs from one output to the next.
+    """
+
+    channels: int
+    kernel: int
+    stride: int
+
+
+HUBERT_CONV_LAYERS = (
+    ConvLayerConfig(channels=512, kernel=10, stride=5),
+    *(ConvLayerConfig(channels=512, kernel=3, stride=2) for _ in range(4)),
+    *(ConvLayerConfig(channels=512, kernel=2, stride=2) for _ in range(2)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvFrontendConfig:
+    """Learnt convolutions over the waveform (wav2vec 2.0, section 2; HuBERT, section II).
+
+    Attributes:
+        sample_rate: Hz.
+        layers: The convolutions.
+        norm: ``group`` normalises each channel of the first layer over time (HuBERT Base), ``layer`` all channels of a frame
+            after every layer (HuBERT Large).
+        bias: Whether the convolutions have one.
+        channel_scale: Whether the last layer's channels are multiplied by a stored vector (DPHuBERT's ``dummy_weight``).
+        normalize_waveform: Whether each utterance's samples get zero mean and unit variance first.
+        waveform_eps: Added to that variance (fairseq 1e-5, transformers' feature extractor 1e-7).
+        gradient_scale: Factor on gradients into the stack; 0 freezes it.
+        reference_mask: Which frames the reference counts as real under ``compat``: those of convolution arithmetic, or
+            fairseq's coarse rule, which keeps one or two more.
+        compat: ``reference`` reproduces the reference's treatment of padding: group statistics include it, and frames are
+            counted by ``reference_mask``. None keeps features free of what an utterance is batched with.
+    """
+
+    kind: Literal["convolution"] = "convolution"
+    sample_rate: int = 16000
+    layers: tuple[ConvLayerConfig, ...] = HUBERT_CONV_LAYERS
+    norm: Literal["group", "layer"] = "group"
+    bias: bool = False
+    channel_scale: bool = False
+    normalize_waveform: bool = False
+    waveform_eps: float = 1e-5
+    gradient_scale: float = 1.0
+    reference_mask: Literal["exact", "coarse"] = "exact"
+    compat: Literal["reference"] | None = None
+
+
+FrontendConfig = SpectralFrontendConfig | ConvFrontendConfig

@@ -16,6 +16,7 @@ from torch import Tensor
 from sslim.audio import read_audio
 from sslim.batch import EncoderOutput, Padded
 from sslim.data.corpus import Corpus
+from sslim.frontends import SpectralFrontendConfig
 from sslim.models.speech import SpeechModel
 
 DEFAULT_BATCH_S = 60.0  # seconds of padded audio; 13 layers of 768 channels at 20 ms are then 120 MB
@@ -44,7 +45,8 @@ def reads_stored_features(model: SpeechModel, corpus: Corpus) -> bool:
         return False
     if model.config.frontend is None:
         return True
-    return corpus.frontend_config.features == model.config.frontend.features
+    frontend = model.config.frontend
+    return isinstance(frontend, SpectralFrontendConfig) and corpus.frontend_config.features == frontend.features
 
 
 def corpus_inputs(model: SpeechModel, corpus: Corpus, indices: Sequence[int] | np.ndarray) -> Inputs:

@@ -14,6 +14,7 @@ from sslim.nn.positions import ConvPositionsConfig
 
 NUM_CLUSTERS = 512
 HEAD = "masked_prediction"
+MASK = "mask"
 
 
 def melhubert_frontend(frame_period_ms: int, statistics: str | None = None) -> SpectralFrontendConfig:

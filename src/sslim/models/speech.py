@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sslim.batch import EncoderOutput, Padded, zero_padding
-from sslim.frontends import FrontendConfig, build_frontend
+from sslim.frontends import ConvFrontend, FrontendConfig, build_frontend
+from sslim.models.ragged import encode_in_groups, is_worth_splitting
+from sslim.models.search_space import SearchSpace
 from sslim.nn.encoder import Encoder, EncoderConfig
 from sslim.nn.heads import HeadConfig, build_head
-from sslim.nn.slicing import Units, slice_encoder, slice_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class ModelConfig:
         projection: Features to model width.
         encoder: The Transformer.
         heads: Heads by the name of the objective that trains them.
+        search_space: What a supernet's subnets can be; None for an ordinary model.
     """
 
     family: str
@@ -48,6 +51,7 @@ class ModelConfig:
     projection: ProjectionConfig
     encoder: EncoderConfig
     heads: dict[str, HeadConfig] = field(default_factory=dict)
+    search_space: SearchSpace | None = None
 
     def __post_init__(self) -> None:
         if not self.projection.linear and self.projection.feature_dim != self.encoder.dim:
@@ -104,6 +108,8 @@ class SpeechModel(nn.Module):
 
     def initialize(self, generator: torch.Generator | None = None) -> SpeechModel:
         """Draws every parameter anew; returns the model."""
+        if isinstance(self.frontend, ConvFrontend):
+            self.frontend.initialize(generator)
         self.projection.initialize(generator)
         self.encoder.initialize(generator)
         for head in self.heads.values():
@@ -151,6 +157,10 @@ class SpeechModel(nn.Module):
         if lengths_B is None:
             lengths_B = torch.full((len(features_BTF),), features_BTF.shape[1], device=features_BTF.device)
         lengths_B = lengths_B.to(features_BTF.device)
+        if not need_weights and is_worth_splitting(features_BTF, lengths_B):
+            return encode_in_groups(
+                partial(self.encode_features, keep_layers=keep_layers), features_BTF, lengths_B, features_BTF.shape[1]
+            )
         embedded = self.embed(Padded(values=features_BTF, lengths=lengths_B))
         full = bool((lengths_B == features_BTF.shape[1]).all())
         output = self.encoder(embedded.values, None if full else lengths_B, keep_layers=keep_layers, need_weights=need_weights)
@@ -176,7 +186,12 @@ class SpeechModel(nn.Module):
             raise ValueError(f"waveforms have shape {tuple(waveform_BS.shape)}; expected (batch, samples)")
         if lengths_B is None:
             lengths_B = torch.full((len(waveform_BS),), waveform_BS.shape[1], device=waveform_BS.device)
-        features = self.frontend(waveform_BS, lengths_B.to(waveform_BS.device))
+        lengths_B = lengths_B.to(waveform_BS.device)
+        compatible = getattr(self.config.frontend, "compat", None) is None
+        if compatible and not need_weights and is_worth_splitting(waveform_BS, lengths_B):
+            num_frames = self.frontend.num_frames(waveform_BS.shape[1])
+            return encode_in_groups(partial(self.encode, keep_layers=keep_layers), waveform_BS, lengths_B, num_frames)
+        features = self.frontend(waveform_BS, lengths_B)
         return self.encode_features(features.values, features.lengths, keep_layers=keep_layers, need_weights=need_weights)
 
 
@@ -213,22 +228,3 @@ def restore_statistics(model: SpeechModel, state: Mapping[str, Tensor]) -> None:
     if model.frontend is not None and "frontend.mean" in state:
         source = model.frontend.statistics_source or "unknown"
         model.set_statistics(state["frontend.mean"], state["frontend.std"], source=source)
-
-
-def slice_model(model: SpeechModel, units: Units) -> SpeechModel:
-    """Returns a standalone model of the kept units: encoder by the slicing rule, projection and heads cut to its channels."""
-    encoder = {k.removeprefix("encoder."): v for k, v in model.state_dict().items() if k.startswith("encoder.")}
-    config, sliced = slice_encoder(model.config.encoder, encoder, units)
-    state = {f"encoder.{k}": v for k, v in sliced.items()}
-    kept = {"channels": units.channels}
-    for name, tensor in model.state_dict().items():
-        if name.startswith("projection.linear."):
-            state[name] = slice_tensor(tensor, ("channels", None), kept)
-        elif name.endswith(".linear.weight") and name.startswith("heads."):
-            state[name] = slice_tensor(tensor, (None, "channels"), kept)
-        elif not name.startswith("encoder."):
-            state[name] = tensor
-    small = SpeechModel(replace(model.config, encoder=config), model.provenance)
-    restore_statistics(small, state)
-    small.load_state_dict({k: v.detach().clone() for k, v in state.items()}, strict=True)
-    return small.train(model.training)

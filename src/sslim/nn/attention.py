@@ -1,12 +1,13 @@
 """Multi-head self-attention whose number of heads and head width are free of the model's width.
 
 Scaled dot-product attention runs in torch's fused kernel; the explicit form is used only when the weights are asked for.
-Masks are boolean, True where a query may look at a key.
+Masks are boolean, True where a query may look at a key. A relative position bias is added to the scores beside them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from sslim.batch import valid_mask
 from sslim.nn.dropout import dropout
 from sslim.nn.linear import linear
+from sslim.nn.relative_positions import RelativeGate, by_query_and_key
+from sslim.nn.windows import Chunks
 
 MAX_EXPLICIT_FRAMES = 512
 
@@ -55,6 +58,7 @@ class SelfAttention(nn.Module):
         dropout: Probability on attention weights while training.
         causal: Whether frames see only the past; the fused kernel's own causal mode is used when no mask is given.
         ranks: Rank of the query, key, value and output maps; None for whole matrices.
+        gate: Gates of a relative position bias; None without one.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class SelfAttention(nn.Module):
         dropout: float = 0.0,
         causal: bool = False,
         ranks: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None),
+        gate: RelativeGate | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -75,31 +80,76 @@ class SelfAttention(nn.Module):
         self.key = linear(dim, inner_dim, ranks[1])
         self.value = linear(dim, inner_dim, ranks[2])
         self.output = linear(inner_dim, dim, ranks[3])
+        self.gate = gate
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None = None, *, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Returns the attended (B, T, D) and, when asked for, the weights (B, N, T, T)."""
-        batch, num_frames, _ = x_BTD.shape
-        shape = (batch, num_frames, self.num_heads, self.head_dim)
-        q_BNTH = self.query(x_BTD).view(shape).transpose(1, 2)
-        k_BNTH = self.key(x_BTD).view(shape).transpose(1, 2)
-        v_BNTH = self.value(x_BTD).view(shape).transpose(1, 2)
-        weights = None
-        probability = self.dropout if self.training else 0.0
-        if need_weights or _explicit_is_faster(q_BNTH, probability):
-            weights = self._weights(q_BNTH, k_BNTH, mask)
-            context_BNTH = dropout(weights, probability, self.training) @ v_BNTH
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Tensor | Chunks | None = None,
+        distances_NR: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends.
+
+        Args:
+            x_BTD: Input.
+            mask: Which keys each query sees, broadcastable to (B, N, T, T), or the chunks of windowed attention.
+            distances_NR: What ``RelativePositions`` gives for a reach of at least T - 1, or that of the chunks.
+            need_weights: Whether to return the weights; not with chunks, which have none for distant frames.
+
+        Returns:
+            The attended (B, T, D) and, when asked for, the weights (B, N, T, T).
+        """
+        if need_weights and isinstance(mask, Chunks):
+            raise ValueError("chunked attention has no whole matrix of weights: give the mask instead of chunks")
+        shape = (self.num_heads, self.head_dim)
+        q_BTNH, k_BTNH, v_BTNH = (part(x_BTD).unflatten(-1, shape) for part in (self.query, self.key, self.value))
+        bias = None if distances_NR is None else self._bias(x_BTD, distances_NR, mask)
+        if isinstance(mask, Chunks):
+            parts = [mask.queries(q_BTNH), mask.keys(k_BTNH), mask.keys(v_BTNH)]
+            context_BTNH, weights = self._attend(parts, mask.mask, bias, need_weights=False)
+            context_BTNH = mask.join(context_BTNH, len(x_BTD))
         else:
-            context_BNTH = F.scaled_dot_product_attention(
-                q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=probability, is_causal=self.causal and mask is None
-            )
-        context_BTD = context_BNTH.transpose(1, 2).reshape(batch, num_frames, self.num_heads * self.head_dim)
-        return self.output(context_BTD), weights if need_weights else None
+            context_BTNH, weights = self._attend([q_BTNH, k_BTNH, v_BTNH], mask, bias, need_weights=need_weights)
+        return self.output(context_BTNH.flatten(-2)), weights
 
-    def _weights(self, q_BNTH: Tensor, k_BNTH: Tensor, mask: Tensor | None) -> Tensor:
+    def _bias(self, x_BTD: Tensor, distances_NR: Tensor, mask: Tensor | Chunks | None) -> Tensor:
+        """Returns (B, N, T, T), or for chunks (B * C, N, Q, K): the gated bias on the scores."""
+        assert self.gate is not None
+        gate_BTN, distances_NR = self.gate(x_BTD), self.gate.select(distances_NR)
+        if isinstance(mask, Chunks):
+            gate_BTN = mask.queries(gate_BTN[..., None]).squeeze(-1)
+            bias_NQK = by_query_and_key(distances_NR, mask.size, mask.num_keys, mask.before)
+        else:
+            bias_NQK = by_query_and_key(distances_NR, x_BTD.shape[1], x_BTD.shape[1], 0)
+        return gate_BTN.transpose(1, 2)[..., None] * bias_NQK
+
+    def _attend(
+        self, parts: Sequence[Tensor], mask: Tensor | None, bias: Tensor | None, *, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values (B, T, N, H) to the context (B, T, N, H), and the weights when asked for."""
+        q_BNTH, k_BNTH, v_BNTH = (part.transpose(1, 2) for part in parts)
+        probability = self.dropout if self.training else 0.0
+        explicit = need_weights or _explicit_is_faster(q_BNTH, probability)
+        if mask is None and self.causal and (explicit or bias is not None):
+            size = q_BNTH.shape[2]
+            mask = torch.ones(size, size, dtype=torch.bool, device=q_BNTH.device).tril()
+        if explicit:
+            weights = self._weights(q_BNTH, k_BNTH, mask, bias)
+            context_BNTH = dropout(weights, probability, self.training) @ v_BNTH
+            return context_BNTH.transpose(1, 2), weights if need_weights else None
+        causal = self.causal and mask is None
+        if bias is not None:
+            mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q_BNTH.dtype)
+        context_BNTH = F.scaled_dot_product_attention(
+            q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=probability, is_causal=causal
+        )
+        return context_BNTH.transpose(1, 2), None
+
+    def _weights(self, q_BNTH: Tensor, k_BNTH: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         scores_BNTT = (q_BNTH / math.sqrt(self.head_dim)) @ k_BNTH.transpose(-1, -2)
-        if mask is None and self.causal:
-            size = scores_BNTT.shape[-1]
-            mask = torch.ones(size, size, dtype=torch.bool, device=scores_BNTT.device).tril()
+        scores_BNTT = scores_BNTT if bias is None else scores_BNTT + bias
         if mask is not None:
             scores_BNTT = scores_BNTT.masked_fill(~mask, float("-inf"))
         return scores_BNTT.softmax(-1).to(q_BNTH.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from sslim.nn.attention import SelfAttention, attention_mask
 from sslim.nn.dropout import dropout
 from sslim.nn.linear import linear
 from sslim.nn.positions import ConvPositions, ConvPositionsConfig, PositionsConfig, SinusoidPositions
+from sslim.nn.relative_positions import RelativeGate, RelativePositions, RelativePositionsConfig
+from sslim.nn.windows import Chunks, chunks_are_faster, window_chunks
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # the exact one, with erf
@@ -52,6 +54,8 @@ class BlockConfig:
         feedforward_dim: Hidden units; 0 leaves the feed-forward part (and its norm) out.
         attention_window: Frames seen on each side; None for all.
         ranks: Rank of each linear map.
+        head_ids: With relative positions, which of the table's heads these are, counted from 0; None for the first ones.
+        keep_norms: Whether the norm of a part that is left out stays (DPHuBERT); for post-norm encoders only.
     """
 
     num_heads: int
@@ -59,6 +63,8 @@ class BlockConfig:
     feedforward_dim: int
     attention_window: int | None = None
     ranks: LinearRanks = LinearRanks()
+    head_ids: tuple[int, ...] | None = None
+    keep_norms: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,7 @@ class EncoderConfig:
         attention_dropout: On attention weights.
         activation_dropout: After the activation.
         layer_drop: Probability of skipping a block application while training.
+        relative_positions: Gated relative position bias of WavLM on the attention scores; None without.
     """
 
     dim: int
@@ -96,6 +103,7 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     activation_dropout: float = 0.1
     layer_drop: float = 0.0
+    relative_positions: RelativePositionsConfig | None = None
 
     def __post_init__(self) -> None:
         for index in self.depth_map:
@@ -107,11 +115,40 @@ class EncoderConfig:
                 raise ValueError(f"dim {self.dim} is not divisible by the {positions.groups} groups of the positions")
             if self.causal and not positions.causal:
                 raise ValueError("a causal encoder needs causal positions: the convolution would look ahead")
+        for number, block in enumerate(self.blocks):
+            self._check_block(number, block)
+
+    def _check_block(self, number: int, block: BlockConfig) -> None:
+        if block.keep_norms and self.norm_placement == "pre":
+            raise ValueError(f"block {number} keeps the norms of missing parts, which a pre-norm encoder has no use for")
+        if block.attention_window is not None and block.attention_window < 0:
+            raise ValueError(f"attention_window of block {number} is {block.attention_window}, expected 0 or more frames")
+        relative = self.relative_positions
+        if relative is None:
+            if block.head_ids is not None:
+                raise ValueError(f"block {number} has head_ids, which only relative positions give a meaning")
+            return
+        if block.num_heads and relative.num_heads * block.head_dim != self.dim:
+            raise ValueError(
+                f"relative positions of {relative.num_heads} heads of width {block.head_dim} (block {number}) need "
+                f"dim {relative.num_heads * block.head_dim}, not {self.dim}"
+            )
+        ids = original_heads(block)
+        if len(ids) != block.num_heads or len(set(ids)) != len(ids) or not set(ids) <= set(range(relative.num_heads)):
+            raise ValueError(
+                f"head_ids of block {number} are {list(ids)}, expected {block.num_heads} distinct numbers "
+                f"from 0 to {relative.num_heads - 1}"
+            )
 
     @property
     def num_layers(self) -> int:
         """Block applications N."""
         return len(self.depth_map)
+
+
+def original_heads(block: BlockConfig) -> tuple[int, ...]:
+    """Returns the numbers that a block's heads had before any were pruned, as far as its description knows them."""
+    return tuple(range(block.num_heads)) if block.head_ids is None else block.head_ids
 
 
 class Depths(TypedDict):
@@ -147,9 +184,12 @@ class Block(nn.Module):
     def __init__(self, config: EncoderConfig, block: BlockConfig) -> None:
         super().__init__()
         self.pre_norm, self.dropout = config.norm_placement == "pre", config.dropout
-        self.attention = self.feedforward = None
+        self.attention: SelfAttention | None = None
+        self.feedforward: FeedForward | None = None
         if block.num_heads:
             ranks = (block.ranks.query, block.ranks.key, block.ranks.value, block.ranks.output)
+            relative = config.relative_positions
+            gate = None if relative is None else RelativeGate(relative.num_heads, block.head_dim, original_heads(block))
             self.attention = SelfAttention(
                 config.dim,
                 block.num_heads,
@@ -157,25 +197,38 @@ class Block(nn.Module):
                 dropout=config.attention_dropout,
                 causal=config.causal,
                 ranks=ranks,
+                gate=gate,
             )
-            self.attention_norm = nn.LayerNorm(config.dim, config.layer_norm_eps)
         if block.feedforward_dim:
             self.feedforward = FeedForward(config, block)
+        self.attention_norm: nn.LayerNorm | None = None
+        self.feedforward_norm: nn.LayerNorm | None = None
+        if block.num_heads or block.keep_norms:
+            self.attention_norm = nn.LayerNorm(config.dim, config.layer_norm_eps)
+        if block.feedforward_dim or block.keep_norms:
             self.feedforward_norm = nn.LayerNorm(config.dim, config.layer_norm_eps)
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        weights = None
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Tensor | Chunks | None = None,
+        distances_NR: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        weights, before, after = None, self.pre_norm, not self.pre_norm
         if self.attention is not None:
             residual = x_BTD
-            x_BTD = self.attention_norm(x_BTD) if self.pre_norm else x_BTD
-            x_BTD, weights = self.attention(x_BTD, mask, need_weights=need_weights)
+            x_BTD = self.attention_norm(x_BTD) if before else x_BTD  # type: ignore[misc]
+            x_BTD, weights = self.attention(x_BTD, mask, distances_NR, need_weights=need_weights)
             x_BTD = residual + dropout(x_BTD, self.dropout, self.training)
-            x_BTD = x_BTD if self.pre_norm else self.attention_norm(x_BTD)
+        if after and self.attention_norm is not None:
+            x_BTD = self.attention_norm(x_BTD)
         if self.feedforward is not None:
             residual = x_BTD
-            x_BTD = self.feedforward_norm(x_BTD) if self.pre_norm else x_BTD
+            x_BTD = self.feedforward_norm(x_BTD) if before else x_BTD  # type: ignore[misc]
             x_BTD = residual + dropout(self.feedforward(x_BTD), self.dropout, self.training)
-            x_BTD = x_BTD if self.pre_norm else self.feedforward_norm(x_BTD)
+        if after and self.feedforward_norm is not None:
+            x_BTD = self.feedforward_norm(x_BTD)
         return x_BTD, weights
 
 
@@ -190,6 +243,9 @@ class Encoder(nn.Module):
             conv = isinstance(config.positions, ConvPositionsConfig)
             self.positions = ConvPositions(config.dim, config.positions) if conv else SinusoidPositions(config.dim)  # type: ignore[arg-type]
         self.input_norm = nn.LayerNorm(config.dim, config.layer_norm_eps) if config.input_norm else None
+        self.relative_positions: RelativePositions | None = None
+        if config.relative_positions is not None:
+            self.relative_positions = RelativePositions(config.relative_positions)
         self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
         self.final_norm = nn.LayerNorm(config.dim, config.layer_norm_eps) if config.final_norm else None
         self.gradient_checkpointing = False
@@ -201,8 +257,10 @@ class Encoder(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, ConvPositions):
+            elif isinstance(module, ConvPositions | RelativePositions):
                 module.initialize(generator)
+            elif isinstance(module, RelativeGate):
+                nn.init.ones_(module.scale)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
 
@@ -217,7 +275,8 @@ class Encoder(nn.Module):
             keep_layers: Whether to return every layer, not the final output alone.
             need_weights: Whether to return attention weights (slower: the fused kernel cannot give them).
         """
-        mask_of = self._masks(x_BTD, lengths_B)
+        mask_of = self._masks(x_BTD, lengths_B, need_weights)
+        distances_NR = self._distances(x_BTD, mask_of)
         x_BTD = self._enter(x_BTD, lengths_B)
         layers, attentions = [x_BTD], []
         for depth in self.config.depth_map:
@@ -226,27 +285,33 @@ class Encoder(nn.Module):
                 continue
             block, mask = self.blocks[depth], mask_of[self.config.blocks[depth].attention_window]
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x_BTD, weights = checkpoint(block, x_BTD, mask, need_weights, use_reentrant=False)
+                x_BTD, weights = checkpoint(block, x_BTD, mask, distances_NR, need_weights, use_reentrant=False)
             else:
-                x_BTD, weights = block(x_BTD, mask, need_weights)
+                x_BTD, weights = block(x_BTD, mask, distances_NR, need_weights)
             layers.append(x_BTD)
             if weights is not None:
                 attentions.append(weights)
         final = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         return self._leave(final, layers if keep_layers else [], attentions, lengths_B)
 
-    def _masks(self, x_BTD: Tensor, lengths_B: Tensor | None) -> dict[int | None, Tensor | None]:
-        windows = {block.attention_window for block in self.config.blocks}
-        return {
-            window: attention_mask(
-                lengths_B,
-                x_BTD.shape[1],
-                causal=self.config.causal,
-                window=window,
-                device=x_BTD.device,
-            )
-            for window in windows
-        }
+    def _masks(self, x_BTD: Tensor, lengths_B: Tensor | None, need_weights: bool) -> dict[int | None, Tensor | Chunks | None]:
+        """What each distinct window may see: a mask, or chunks where they are less work and no weights are asked for."""
+        (batch, num_frames, _), causal = x_BTD.shape, self.config.causal
+        masks: dict[int | None, Tensor | Chunks | None] = {}
+        for window in {block.attention_window for block in self.config.blocks}:
+            options: Any = {"causal": causal, "window": window, "device": x_BTD.device}
+            if window is not None and not need_weights and chunks_are_faster(num_frames, causal=causal, window=window):
+                masks[window] = window_chunks(batch, lengths_B, num_frames, **options)
+            else:
+                masks[window] = attention_mask(lengths_B, num_frames, **options)
+        return masks
+
+    def _distances(self, x_BTD: Tensor, masks: dict[int | None, Tensor | Chunks | None]) -> Tensor | None:
+        """The shared table spread over every distance that a mask or a chunk has (N, R); None without relative positions."""
+        if self.relative_positions is None:
+            return None
+        reaches = (mask.reach for mask in masks.values() if isinstance(mask, Chunks))
+        return self.relative_positions(max(x_BTD.shape[1] - 1, *reaches, 0))
 
     def _enter(self, x_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
         x_BTD = x_BTD if lengths_B is None else zero_padding(x_BTD, lengths_B)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,15 +16,79 @@ class ClusterHeadConfig:
 
     Attributes:
         num_clusters: K.
-        mask_embedding_dim: Width of a learnable vector that replaces masked frames (``mask_emb``); None for zeros.
     """
 
     kind: Literal["clusters"] = "clusters"
     num_clusters: int
-    mask_embedding_dim: int | None = None
 
 
-HeadConfig = ClusterHeadConfig  # becomes a union, told apart by ``kind``, with the next head
+@dataclass(frozen=True, kw_only=True)
+class MaskEmbeddingConfig:
+    """A learnt vector in place of hidden frames (``mask_emb`` in fairseq, ``masked_spec_embed`` in transformers).
+
+    Attributes:
+        dim: Its width: the model's where frames are hidden after the projection, the features' where before.
+    """
+
+    kind: Literal["mask"] = "mask"
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodewordHeadConfig:
+    """Cosine similarity with learnt codewords (HuBERT, equation 3; ``final_proj`` and ``label_embs_concat`` in fairseq).
+
+    Attributes:
+        num_clusters: Codewords K.
+        codeword_dim: Their width.
+        temperature: Divides the similarities.
+    """
+
+    kind: Literal["codewords"] = "codewords"
+    num_clusters: int
+    codeword_dim: int = 256
+    temperature: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionHeadConfig:
+    """Linear map to a teacher's width (``layer_pred_heads`` of LightHuBERT, ``distill_linear_projs`` of DPHuBERT).
+
+    Attributes:
+        output_dim: The teacher's width.
+        bias: Whether it has one.
+    """
+
+    kind: Literal["regression"] = "regression"
+    output_dim: int
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitHeadConfig:
+    """DistilHuBERT's prediction heads: one shared linear layer and GELU, then a linear map for each teacher layer.
+
+    Attributes:
+        num_tasks: Teacher layers N.
+        hidden_dim: Hidden units I of each.
+        output_dim: The teacher's width O.
+    """
+
+    kind: Literal["split"] = "split"
+    num_tasks: int
+    hidden_dim: int
+    output_dim: int
+
+
+HeadConfig = ClusterHeadConfig | MaskEmbeddingConfig | CodewordHeadConfig | RegressionHeadConfig | SplitHeadConfig
+
+
+def _initialize_linear(linear: nn.Linear, generator: torch.Generator | None) -> None:
+    """torch's default for a linear map, U(-1/sqrt(D), 1/sqrt(D)) for weight and bias."""
+    bound = linear.in_features**-0.5
+    nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+    if linear.bias is not None:
+        nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
 
 
 class ClusterHead(nn.Module):
@@ -33,21 +98,101 @@ class ClusterHead(nn.Module):
         super().__init__()
         self.config = config
         self.linear = nn.Linear(dim, config.num_clusters)
-        width = config.mask_embedding_dim
-        self.mask_embedding = None if width is None else nn.Parameter(torch.empty(width))
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """torch's default for a linear map, U(-1/sqrt(D), 1/sqrt(D)); the mask embedding U(0, 1) as in the reference."""
-        bound = self.linear.in_features**-0.5
-        nn.init.uniform_(self.linear.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(self.linear.bias, -bound, bound, generator=generator)
-        if self.mask_embedding is not None:
-            nn.init.uniform_(self.mask_embedding, generator=generator)
+        """torch's default for a linear map."""
+        _initialize_linear(self.linear, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
 
 
-def build_head(dim: int, config: HeadConfig) -> ClusterHead:
+class MaskEmbedding(nn.Module):
+    """Puts its vector in place of the frames that a mask names."""
+
+    def __init__(self, dim: int, config: MaskEmbeddingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.dim))
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """U(0, 1) as in wav2vec 2.0 and HuBERT."""
+        nn.init.uniform_(self.embedding, generator=generator)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Returns (B, T, D) with the vector where ``mask_BT`` is True."""
+        return torch.where(mask_BT[..., None], self.embedding.to(x_BTD.dtype), x_BTD)
+
+
+class CodewordHead(nn.Module):
+    """Logits over K codewords for any leading shape: cosine similarity over temperature, in float32."""
+
+    def __init__(self, dim: int, config: CodewordHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projection = nn.Linear(dim, config.codeword_dim)
+        self.codewords = nn.Parameter(torch.empty(config.num_clusters, config.codeword_dim))
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """torch's default for the linear map; codewords U(0, 1) as in fairseq."""
+        _initialize_linear(self.projection, generator)
+        nn.init.uniform_(self.codewords, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = self.projection(x)
+        with torch.autocast(x.device.type, enabled=False):  # cosines near 1 divided by 0.1 need more than bfloat16's 8 bits
+            projected = F.normalize(projected.float(), dim=-1, eps=1e-8)
+            codewords_KC = F.normalize(self.codewords.float(), dim=-1, eps=1e-8)
+            return F.linear(projected, codewords_KC) / self.config.temperature
+
+
+class RegressionHead(nn.Module):
+    """Linear map of any leading shape."""
+
+    def __init__(self, dim: int, config: RegressionHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.linear = nn.Linear(dim, config.output_dim, bias=config.bias)
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """torch's default for a linear map."""
+        _initialize_linear(self.linear, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class SplitHead(nn.Module):
+    """(B, T, D) to (B, N, T, O): an estimate of each of N teacher layers."""
+
+    def __init__(self, dim: int, config: SplitHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.inner = nn.Linear(dim, config.num_tasks * config.hidden_dim)
+        self.weight = nn.Parameter(torch.empty(config.num_tasks, config.hidden_dim, config.output_dim))
+        self.bias = nn.Parameter(torch.empty(config.num_tasks, config.output_dim))
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """torch's default for a linear map, for every task's own too."""
+        _initialize_linear(self.inner, generator)
+        bound = self.config.hidden_dim**-0.5
+        nn.init.uniform_(self.weight, -bound, bound, generator=generator)
+        nn.init.uniform_(self.bias, -bound, bound, generator=generator)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden_BTNI = F.gelu(self.inner(x_BTD)).unflatten(-1, (self.config.num_tasks, self.config.hidden_dim))
+        return torch.einsum("btni,nio->bnto", hidden_BTNI, self.weight) + self.bias[None, :, None, :]
+
+
+_HEADS: dict[str, Any] = {
+    "clusters": ClusterHead,
+    "mask": MaskEmbedding,
+    "codewords": CodewordHead,
+    "regression": RegressionHead,
+    "split": SplitHead,
+}
+
+
+def build_head(dim: int, config: HeadConfig) -> nn.Module:
     """Builds the head that ``config`` describes on a model of width ``dim``."""
-    return ClusterHead(dim, config)
+    return _HEADS[config.kind](dim, config)

@@ -9,17 +9,18 @@ norm. Their group-wise kernel keeps its number of groups, so its second axis kee
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from sslim.batch import EncoderOutput
-from sslim.nn.encoder import BlockConfig, Encoder, EncoderConfig
+from sslim.nn.encoder import Block, BlockConfig, Encoder, EncoderConfig, original_heads
 from sslim.nn.positions import ConvPositionsConfig, fold_weight_norm
 
 # What the axes of a tensor count: model channels, attention inner width (heads times head width), feed-forward units,
@@ -43,6 +44,10 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "final_norm.bias": ("channels",),
     "positions.weight": ("channels", "group", None),
     "positions.bias": ("channels",),
+    "relative_positions.table": (None, None),  # whole, with the gates: a block's head_ids say which heads are left
+    "attention.gate.linear.weight": (None, None),
+    "attention.gate.linear.bias": (None,),
+    "attention.gate.scale": (None,),
 }
 for _name, (_out, _in) in _LINEARS.items():
     AXES[f"{_name}.weight"] = (_out, _in)
@@ -52,6 +57,8 @@ for _name, (_out, _in) in _LINEARS.items():
     AXES[f"{_name}.outer.bias"] = (_out,)
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +70,14 @@ class Units:
         heads: For each block, its kept heads.
         feedforward: For each block, its kept feed-forward units.
         depths: Kept positions of ``depth_map``.
+        windows: For each block, its attention window (frames on each side, None for all); None as a whole: as they are.
     """
 
     channels: tuple[int, ...]
     heads: tuple[tuple[int, ...], ...]
     feedforward: tuple[tuple[int, ...], ...]
     depths: tuple[int, ...]
+    windows: tuple[int | None, ...] | None = None
 
     @classmethod
     def full(cls, config: EncoderConfig) -> Units:
@@ -101,38 +110,124 @@ class Units:
     def check(self, config: EncoderConfig) -> None:
         """Raises ValueError unless every index exists in ``config`` and none is repeated."""
         full = Units.full(config)
-        if len(self.heads) != len(full.heads) or len(self.feedforward) != len(full.feedforward):
-            raise ValueError(f"units describe {len(self.heads)} blocks, the encoder has {len(config.blocks)}")
+        for per_block in (self.heads, self.feedforward, self.windows):
+            if per_block is not None and len(per_block) != len(config.blocks):
+                raise ValueError(f"units describe {len(per_block)} blocks, the encoder has {len(config.blocks)}")
         pairs = [("channels", self.channels, full.channels), ("depths", self.depths, full.depths)]
         pairs += [
             (f"heads of block {b}", kept, whole) for b, (kept, whole) in enumerate(zip(self.heads, full.heads, strict=True))
         ]
         rows = zip(self.feedforward, full.feedforward, strict=True)
         pairs += [(f"feed-forward units of block {b}", kept, whole) for b, (kept, whole) in enumerate(rows)]
+        if config.relative_positions is not None and self.channels != full.channels:
+            raise ValueError("the gates of relative positions read every channel: none can be cut from this encoder")
         for name, kept, whole in pairs:
             if len(set(kept)) != len(kept) or not set(kept) <= set(whole):
                 raise ValueError(f"{name}: {kept} are not distinct members of 0 to {len(whole) - 1}")
 
 
-def _expand(heads: Sequence[int], head_dim: int) -> list[int]:
-    return [head * head_dim + i for head in heads for i in range(head_dim)]
+@dataclass(frozen=True)
+class _Spaced:
+    """The first ``count`` of the indices that lie less than ``width`` after a multiple of ``period``."""
+
+    period: int
+    width: int
+    count: int
 
 
-def _take(tensor: Tensor, axis: int, kept: Sequence[int]) -> Tensor:
-    """Narrow where ``kept`` is a prefix (a view, no copy), index otherwise."""
-    if len(kept) == tensor.shape[axis] and list(kept) == list(range(len(kept))):
+_Kept = range | _Spaced | Tensor  # the first ones, evenly spaced runs, or anything else
+
+
+@lru_cache(maxsize=1024)
+def _compact(kept: tuple[int, ...]) -> _Kept:
+    """Returns the shortest form of kept indices: prefixes and LightHuBERT's blocks are taken as views, without an index."""
+    if kept == tuple(range(len(kept))):
+        return range(len(kept))
+    breaks = [i for i in range(1, len(kept)) if kept[i] != kept[i - 1] + 1]
+    if kept[0] == 0 and breaks:
+        spaced = _Spaced(kept[breaks[0]], breaks[0], len(kept))
+        if all(index == i // spaced.width * spaced.period + i % spaced.width for i, index in enumerate(kept)):
+            return spaced
+    return torch.tensor(kept)
+
+
+@lru_cache(maxsize=1024)
+def _columns(heads: tuple[int, ...], head_dim: int) -> _Kept:
+    return _compact(tuple(head * head_dim + i for head in heads for i in range(head_dim)))
+
+
+def _runs(tensor: Tensor, axis: int, kept: _Spaced) -> list[tuple[Tensor, int, int]]:
+    """Returns what ``kept`` names along an axis as views, with where each lies in the result: whole runs together, the rest."""
+    runs = min(kept.count // kept.width, tensor.shape[axis] // kept.period)
+    parts, done = [], runs * kept.width
+    if runs:
+        folded = tensor.narrow(axis, 0, runs * kept.period).unflatten(axis, (runs, kept.period))
+        parts.append((folded.narrow(axis + 1, 0, kept.width), 0, done))
+    while done < kept.count:
+        size = min(kept.width, kept.count - done)
+        parts.append((tensor.narrow(axis, runs * kept.period, size).unsqueeze(axis), done, done + size))
+        runs, done = runs + 1, done + size
+    return parts
+
+
+class _Cut(torch.autograd.Function):
+    """Prefixes and evenly spaced runs of several axes in one step: the gradient is filled in once, not once for each axis."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, prefix: tuple[int, ...], axis: int, spaced: _Spaced | None) -> Tensor:
+        ctx.shape, ctx.prefix, ctx.axis, ctx.spaced = tensor.shape, prefix, axis, spaced
+        corner = _Cut.corner(tensor, prefix)
+        if spaced is None:
+            return corner
+        parts = _runs(corner, axis, spaced)
+        return torch.cat([part.flatten(axis, axis + 1) for part, _, _ in parts], axis)
+
+    @staticmethod
+    def corner(tensor: Tensor, prefix: tuple[int, ...]) -> Tensor:
+        for axis, size in enumerate(prefix):
+            if size < tensor.shape[axis]:
+                tensor = tensor.narrow(axis, 0, size)
         return tensor
-    if list(kept) == list(range(len(kept))):
-        return tensor.narrow(axis, 0, len(kept))
-    return tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        whole = gradient.new_zeros(ctx.shape)
+        corner = _Cut.corner(whole, ctx.prefix)
+        if ctx.spaced is None:
+            corner.copy_(gradient)
+            return whole, None, None, None
+        for part, start, stop in _runs(corner, ctx.axis, ctx.spaced):
+            part.copy_(gradient.narrow(ctx.axis, start, stop - start).view_as(part))
+        return whole, None, None, None
+
+
+def _slice(tensor: Tensor, axes: Sequence[str | None], kept: Mapping[str, _Kept]) -> Tensor:
+    prefix = list(tensor.shape)
+    spaced: dict[int, _Spaced] = {}
+    indices: dict[int, Tensor] = {}
+    for axis, kind in enumerate(axes):
+        part = None if kind is None else kept.get(kind)
+        if isinstance(part, range):
+            prefix[axis] = len(part)
+        elif isinstance(part, _Spaced):
+            spaced[axis] = part
+        elif part is not None:
+            indices[axis] = part
+    cuts: list[tuple[int, _Spaced | None]] = [*spaced.items()]
+    if not cuts and tuple(prefix) != tuple(tensor.shape):
+        cuts = [(0, None)]
+    for axis, runs in cuts:
+        tensor = _Cut.apply(tensor, tuple(prefix), axis, runs)
+        prefix = list(tensor.shape)
+    for axis, index in indices.items():
+        tensor = tensor.index_select(axis, index.to(tensor.device))
+    return tensor
 
 
 def slice_tensor(tensor: Tensor, axes: Sequence[str | None], kept: Mapping[str, Sequence[int]]) -> Tensor:
-    """Cuts every axis of ``tensor`` that ``kept`` names."""
-    for axis, kind in enumerate(axes):
-        if kind is not None and kind in kept:
-            tensor = _take(tensor, axis, kept[kind])
-    return tensor
+    """Cuts every axis of ``tensor`` that ``kept`` names; a view where all of them keep a prefix."""
+    return _slice(tensor, axes, {kind: _compact(tuple(indices)) for kind, indices in kept.items()})
 
 
 def fold_positions(config: EncoderConfig, state: Mapping[str, Tensor]) -> tuple[EncoderConfig, dict[str, Tensor]]:
@@ -144,11 +239,27 @@ def fold_positions(config: EncoderConfig, state: Mapping[str, Tensor]) -> tuple[
     return config, state
 
 
+def _head_ids(config: EncoderConfig, block: BlockConfig, kept: Sequence[int]) -> tuple[int, ...] | None:
+    """Numbers of the kept heads in the table of relative positions; None where they are the first ones."""
+    if config.relative_positions is None:
+        return None
+    ids = tuple(original_heads(block)[head] for head in kept)
+    return None if ids == tuple(range(len(ids))) else ids
+
+
 def slice_config(config: EncoderConfig, units: Units) -> EncoderConfig:
     """Returns the description of what :func:`slice_encoder` leaves; blocks that no kept depth uses disappear."""
     used = sorted({config.depth_map[depth] for depth in units.depths})
+    windows = [block.attention_window for block in config.blocks] if units.windows is None else units.windows
     blocks = tuple(
-        replace(config.blocks[b], num_heads=len(units.heads[b]), feedforward_dim=len(units.feedforward[b])) for b in used
+        replace(
+            config.blocks[b],
+            num_heads=len(units.heads[b]),
+            feedforward_dim=len(units.feedforward[b]),
+            attention_window=windows[b],
+            head_ids=_head_ids(config, config.blocks[b], units.heads[b]),
+        )
+        for b in used
     )
     depth_map = tuple(used.index(config.depth_map[depth]) for depth in units.depths)
     return replace(config, dim=len(units.channels), blocks=blocks, depth_map=depth_map)
@@ -172,34 +283,86 @@ def slice_encoder(config: EncoderConfig, state: Mapping[str, Tensor], units: Uni
     if len(units.channels) < config.dim:
         config, state = fold_positions(config, state)
     groups = config.positions.groups if isinstance(config.positions, ConvPositionsConfig) else 1
-    shared = {"channels": units.channels, "group": range(len(units.channels) // groups)}
+    shared: dict[str, _Kept] = {"channels": _compact(units.channels), "group": range(len(units.channels) // groups)}
     used = sorted({config.depth_map[depth] for depth in units.depths})
+    kept_in = {
+        block: {
+            **shared,
+            "heads": _columns(units.heads[block], config.blocks[block].head_dim),
+            "units": _compact(units.feedforward[block]),
+        }
+        for block in used
+    }
     sliced = {}
     for name, tensor in state.items():
         if name in ("positions.gain", "positions.direction"):  # all channels kept: the kernel stays as it is
             sliced[name] = tensor
             continue
         if not (match := _BLOCK.fullmatch(name)):
-            sliced[name] = slice_tensor(tensor, AXES[name], shared)
+            sliced[name] = _slice(tensor, AXES[name], shared)
             continue
         block, rest = int(match[1]), match[2]
-        if block not in used or _is_emptied(rest, units, block):
-            continue
-        heads = _expand(units.heads[block], config.blocks[block].head_dim)
-        kept = {**shared, "heads": heads, "units": units.feedforward[block]}
-        sliced[f"blocks.{used.index(block)}.{rest}"] = slice_tensor(tensor, AXES[rest], kept)
+        if block in used and not _is_emptied(rest, config.blocks[block], units, block):
+            sliced[f"blocks.{used.index(block)}.{rest}"] = _slice(tensor, AXES[rest], kept_in[block])
     return slice_config(config, units), sliced
 
 
-def _is_emptied(name: str, units: Units, block: int) -> bool:
-    part = name.split(".")[0].removesuffix("_norm")
-    return not (units.heads[block] if part == "attention" else units.feedforward[block])
+def _is_emptied(name: str, config: BlockConfig, units: Units, block: int) -> bool:
+    part, _, _ = name.partition(".")
+    if part.endswith("_norm") and config.keep_norms:
+        return False
+    return not (units.heads[block] if part.startswith("attention") else units.feedforward[block])
 
 
-@lru_cache(maxsize=64)
-def _skeleton(config: EncoderConfig) -> Encoder:
+@lru_cache(maxsize=256)
+def _meta_encoder(config: EncoderConfig) -> Encoder:
     with torch.device("meta"):
         return Encoder(config)
+
+
+@lru_cache(maxsize=256)
+def _meta_block(config: EncoderConfig, block: BlockConfig) -> Block:
+    with torch.device("meta"):
+        return Block(config, block)
+
+
+def _twin(module: M) -> M:
+    """Copies the modules, not the parameters."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
+    return twin
+
+
+def place(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts tensors in the places of a module's parameters, gradients and all; no other name is touched.
+
+    Raises:
+        KeyError: A name that the module does not have.
+    """
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf not in owner._parameters:
+            raise KeyError(name)
+        owner._parameters[leaf] = tensor  # type: ignore[assignment]
+
+
+def encoder_view(encoder: Encoder, units: Units) -> Encoder:
+    """Returns the subnet as an encoder whose tensors are the slices themselves: it runs, and gradients reach the supernet.
+
+    It is made for one forward and backward pass (slices that are no views hold the values of now) and has no parameters of its
+    own; see :func:`extract_subnet` for a standalone encoder. Blocks and their shapes come from a cache: a new subnet costs
+    milliseconds, not the building of a model.
+    """
+    config, state = slice_encoder(encoder.config, dict(encoder.named_parameters()), units)
+    bare = replace(config, blocks=(), depth_map=())
+    view = _twin(_meta_encoder(bare))
+    shape = replace(bare, positions=None)
+    view.blocks = nn.ModuleList([_twin(_meta_block(shape, block)) for block in config.blocks])
+    view.config, view.gradient_checkpointing = config, encoder.gradient_checkpointing
+    place(view, state)
+    return view.train(encoder.training)
 
 
 def run_subnet(
@@ -214,10 +377,7 @@ def run_subnet(
         lengths_B: Valid frames.
         **options: ``keep_layers`` and ``need_weights`` of ``Encoder.forward``.
     """
-    config, state = slice_encoder(encoder.config, dict(encoder.named_parameters()), units)
-    skeleton = _skeleton(config)
-    skeleton.train(encoder.training)
-    return functional_call(skeleton, state, (x_BTD, lengths_B), options, strict=True)
+    return encoder_view(encoder, units)(x_BTD, lengths_B, **options)
 
 
 def extract_subnet(encoder: Encoder, units: Units) -> Encoder:
@@ -232,8 +392,10 @@ __all__ = [
     "AXES",
     "BlockConfig",
     "Units",
+    "encoder_view",
     "extract_subnet",
     "fold_positions",
+    "place",
     "run_subnet",
     "slice_config",
     "slice_encoder",

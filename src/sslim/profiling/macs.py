@@ -1,0 +1,235 @@
+"""Multiply-accumulates (MACs) of a described model, counted without building it.
+
+Counted are convolutions, linear maps and the two products of attention, each multiplication with its addition as one MAC (two
+FLOPs). Not counted, as is usual: biases, norms, activations, softmax, the folding of weight norm, and the few frames that the
+chunks of the convolutional front-end share. That is half of what torch's ``FlopCounterMode`` counts (which leaves out the CPU's
+fused attention), and agrees with LightHuBERT's ratio of complexities on the SUPERB leaderboard.
+
+Attention grows with the square of the length, so "MACs of one second of audio" has no meaning without the utterance's length:
+every count here is for a stated length, and :attr:`Macs.per_second` divides by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sslim.audio import kaldi_num_frames, num_conv_frames, num_stacked_frames, samples_of_ms
+from sslim.frontends.config import ConvFrontendConfig, FilterbankConfig, FrontendConfig, MfccConfig, SpectralFrontendConfig
+from sslim.models.speech import ModelConfig
+from sslim.nn.encoder import BlockConfig, EncoderConfig
+from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig, HeadConfig, RegressionHeadConfig, SplitHeadConfig
+from sslim.nn.positions import ConvPositionsConfig
+from sslim.nn.relative_positions import GATE_UNITS
+from sslim.nn.windows import chunks_are_faster, window_chunks
+
+Pairs = Literal["computed", "visible"]
+
+GROUPS = {
+    "frontend": "front-end",
+    "projection": "projection",
+    "positions": "positions",
+    "attention": "attention maps",
+    "products": "attention products",
+    "feedforward": "feed-forward",
+    "heads": "heads",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Macs:
+    """A count of multiply-accumulates.
+
+    Attributes:
+        parts: MACs of each part, in the order of computation: ``frontend.layers.0`` (from 0, as in the state), ``projection``,
+            ``positions``, ``layers.1.attention`` (block applications from 1; query, key, value and output maps),
+            ``layers.1.products`` (queries by keys, weights by values), ``layers.1.feedforward``, ``heads.NAME``.
+        num_frames: Frames T that enter the encoder.
+        duration_s: Seconds of audio; None when only frames were given.
+    """
+
+    parts: dict[str, int]
+    num_frames: int
+    duration_s: float | None = None
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def per_second(self) -> float:
+        """MACs of each second of audio at this length.
+
+        Raises:
+            ValueError: Only frames were given.
+        """
+        if not self.duration_s:
+            raise ValueError("MACs per second need a length in seconds or samples, not in frames")
+        return self.total / self.duration_s
+
+    def groups(self) -> dict[str, int]:
+        """Adds parts up by kind (the values of ``GROUPS``); kinds that cost nothing are left out."""
+        sums: Counter[str] = Counter()
+        for name, count in self.parts.items():
+            words = name.split(".")
+            sums[GROUPS[words[2] if words[0] == "layers" else words[0]]] += count
+        return {group: sums[group] for group in GROUPS.values() if sums[group]}
+
+
+def count_macs(
+    config: ModelConfig,
+    *,
+    seconds: float | None = None,
+    num_samples: int | None = None,
+    num_frames: int | None = None,
+    batch: int = 1,
+    pairs: Pairs = "computed",
+    with_heads: bool = False,
+) -> Macs:
+    """Counts the MACs of one forward pass over utterances of equal length.
+
+    Args:
+        config: The model; ``models.elastic.subnet_config`` describes a subnet of a supernet as one.
+        seconds: Length of the audio; rounded to whole samples.
+        num_samples: The same in samples at the front-end's rate.
+        num_frames: Frames of features instead: the front-end then counts nothing. Exactly one of the three lengths.
+        batch: Utterances B.
+        pairs: Which pairs of frames the products of attention are counted for: those ``computed`` by sslim (all pairs, or for a
+            window that is short against the utterance whole chunks around it), or those ``visible``, the least that windows
+            and causality leave.
+        with_heads: Whether the objectives' heads count; feature extraction does not run them.
+
+    Returns:
+        The count by part.
+
+    Raises:
+        ValueError: Not exactly one length, a length that gives no frame, or a model without front-end and no ``num_frames``.
+    """
+    if sum(length is not None for length in (seconds, num_samples, num_frames)) != 1:
+        raise ValueError("give one length: seconds, num_samples or num_frames")
+    parts: dict[str, int] = {}
+    duration_s = None
+    if num_frames is None:
+        if config.frontend is None:
+            raise ValueError(f"this {config.family} model has no front-end: give num_frames, not seconds or samples")
+        rate = frontend_rate(config.frontend)
+        samples = round(seconds * rate) if seconds is not None else num_samples
+        assert samples is not None
+        duration_s = samples / rate
+        parts, num_frames = frontend_macs(config.frontend, samples)
+        if num_frames < 1:
+            raise ValueError(f"{duration_s:g} s of audio are shorter than one frame of this model")
+    elif num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}; expected at least 1")
+    encoder = config.encoder
+    if config.projection.linear:
+        parts["projection"] = num_frames * config.projection.feature_dim * encoder.dim
+    if isinstance(positions := encoder.positions, ConvPositionsConfig):
+        parts["positions"] = num_frames * encoder.dim * (encoder.dim // positions.groups) * positions.kernel_size
+    for depth, index in enumerate(encoder.depth_map, 1):
+        for kind, count in block_macs(encoder, encoder.blocks[index], num_frames, pairs).items():
+            parts[f"layers.{depth}.{kind}"] = count
+    if with_heads:
+        parts |= {f"heads.{name}": num_frames * head_macs(head, encoder.dim) for name, head in config.heads.items()}
+    return Macs(parts={k: v * batch for k, v in parts.items()}, num_frames=num_frames, duration_s=duration_s)
+
+
+def block_macs(config: EncoderConfig, block: BlockConfig, num_frames: int, pairs: Pairs = "computed") -> dict[str, int]:
+    """Returns the MACs of one application of a block over T frames: ``attention``, ``products``, ``feedforward``."""
+    dim, inner, ranks = config.dim, block.num_heads * block.head_dim, block.ranks
+    counts = {}
+    if block.num_heads:
+        maps = sum(linear_macs(dim, inner, rank) for rank in (ranks.query, ranks.key, ranks.value))
+        maps += linear_macs(inner, dim, ranks.output)
+        if config.relative_positions is not None:
+            maps += inner * GATE_UNITS
+        counts["attention"] = num_frames * maps
+        count = computed_pairs if pairs == "computed" else visible_pairs
+        counts["products"] = 2 * inner * count(num_frames, block.attention_window, causal=config.causal)
+    if block.feedforward_dim:
+        hidden = block.feedforward_dim
+        counts["feedforward"] = num_frames * (linear_macs(dim, hidden, ranks.up) + linear_macs(hidden, dim, ranks.down))
+    return counts
+
+
+def linear_macs(in_dim: int, out_dim: int, rank: int | None = None) -> int:
+    """MACs of a linear map of one frame, whole or as two factors of ``rank``."""
+    return in_dim * out_dim if rank is None else rank * (in_dim + out_dim)
+
+
+def computed_pairs(num_frames: int, window: int | None, *, causal: bool) -> int:
+    """Pairs of query and key that sslim's kernels multiply: all of them, or the chunks that cover a short window."""
+    if window is None or not chunks_are_faster(num_frames, causal=causal, window=window):
+        return num_frames**2
+    chunks = window_chunks(1, None, num_frames, causal=causal, window=window, device=torch.device("meta"))
+    return len(chunks.mask) * chunks.size * chunks.num_keys
+
+
+def visible_pairs(num_frames: int, window: int | None, *, causal: bool) -> int:
+    """Pairs of query and key that a window (frames on each side) and causality leave, over T frames."""
+    reach = num_frames - 1 if window is None else min(window, num_frames - 1)
+    before = reach * num_frames - reach * (reach + 1) // 2  # sum over queries of min(position, reach)
+    return num_frames + before * (1 if causal else 2)
+
+
+def head_macs(head: HeadConfig, dim: int) -> int:
+    """MACs of a head for one frame of a model of width D; a mask embedding costs none."""
+    if isinstance(head, ClusterHeadConfig):
+        return dim * head.num_clusters
+    if isinstance(head, CodewordHeadConfig):
+        return dim * head.codeword_dim + head.codeword_dim * head.num_clusters
+    if isinstance(head, RegressionHeadConfig):
+        return dim * head.output_dim
+    if isinstance(head, SplitHeadConfig):
+        return head.num_tasks * head.hidden_dim * (dim + head.output_dim)
+    return 0
+
+
+def frontend_rate(config: FrontendConfig) -> int:
+    """Sample rate in Hz of the waveforms that a front-end takes."""
+    return config.sample_rate if isinstance(config, ConvFrontendConfig) else _filterbank(config).sample_rate
+
+
+def frontend_macs(config: FrontendConfig, num_samples: int) -> tuple[dict[str, int], int]:
+    """Returns the MACs of a front-end by part, and the frames that it gives.
+
+    Convolutions as such: the statistics of a folded group norm are norm, not counted. Of a spectral front-end the Fourier
+    transform is nominal (P log2 P for a real input of P samples) and the Mel weights are the dense product that sslim runs.
+    """
+    if isinstance(config, SpectralFrontendConfig):
+        return _spectral_macs(config, num_samples)
+    parts, channels, length = {}, 1, num_samples
+    for i, layer in enumerate(config.layers):
+        length = num_conv_frames(length, layer.kernel, layer.stride)
+        parts[f"frontend.layers.{i}"] = length * layer.channels * channels * layer.kernel
+        channels = layer.channels
+    return parts, length
+
+
+def _filterbank(config: SpectralFrontendConfig) -> FilterbankConfig:
+    return config.features if isinstance(config.features, FilterbankConfig) else config.features.filterbank
+
+
+def _spectral_macs(config: SpectralFrontendConfig, num_samples: int) -> tuple[dict[str, int], int]:
+    filterbank = _filterbank(config)
+    frame_length = samples_of_ms(filterbank.frame_length_ms, filterbank.sample_rate)
+    shift = samples_of_ms(filterbank.frame_shift_ms, filterbank.sample_rate)
+    frames = kaldi_num_frames(num_samples, frame_length, shift, snip_edges=filterbank.snip_edges)
+    size = 1 << (frame_length - 1).bit_length()
+    bins = size // 2 + 1
+    parts = {"frontend.transform": frames * round(size * math.log2(size))}
+    dim = bins
+    if config.features.kind != "spectrogram":
+        dim = filterbank.num_mel_bins + int(filterbank.use_energy)
+        parts["frontend.mel"] = frames * (2 * bins if filterbank.power else bins) * filterbank.num_mel_bins
+    if isinstance(config.features, MfccConfig):
+        parts["frontend.cepstra"] = frames * filterbank.num_mel_bins * config.features.num_coefficients
+        dim = config.features.num_coefficients
+    if config.cepstra:
+        parts["frontend.cepstra"] = parts.get("frontend.cepstra", 0) + frames * dim * config.cepstra
+    return parts, num_stacked_frames(frames, config.stack, config.stack_tail)

@@ -1,0 +1,141 @@
+"""One body over every family of models: batching changes nothing, layers are in their places, the native format keeps all."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslim.checkpoints import load_model, save_model
+from sslim.frontends import HUBERT_CONV_LAYERS
+from sslim.models import ModelConfig, SpeechModel, build_model
+from sslim.models.distilhubert import distilalhubert, distilhubert
+from sslim.models.elastic import extract_model
+from sslim.models.hubert import hubert
+from sslim.models.lighthubert import lighthubert
+from sslim.models.melhubert import melhubert
+from sslim.models.search_space import SearchSpace
+
+CONV = tuple(replace(layer, channels=12) for layer in HUBERT_CONV_LAYERS)
+SMALL = {"dim": 32, "num_heads": 4, "feedforward_dim": 48, "conv_kernel_size": 8, "conv_groups": 4}
+SPACE = SearchSpace(dims=(16, 32), num_heads=(2, 4), feedforward_ratios=(1.0, 1.5), num_layers=(2, 3))
+
+
+def windowed() -> ModelConfig:
+    config = hubert(num_layers=3, conv_layers=CONV, **SMALL)  # type: ignore[arg-type]
+    blocks = tuple(
+        replace(block, attention_window=window) for block, window in zip(config.encoder.blocks, (2, None, 5), strict=True)
+    )
+    return replace(config, encoder=replace(config.encoder, blocks=blocks))
+
+
+def large_style() -> ModelConfig:
+    return hubert(
+        num_layers=2,
+        conv_layers=CONV,
+        conv_norm="layer",
+        conv_bias=True,
+        normalize_waveform=True,
+        norm_placement="pre",
+        **SMALL,
+    )
+
+
+CONFIGS: dict[str, Callable[[], ModelConfig]] = {
+    "melhubert": lambda: melhubert(num_layers=2, **SMALL),
+    "hubert, base style": lambda: hubert(num_layers=2, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]
+    "hubert, large style": large_style,
+    "hubert, windows": windowed,
+    "distilhubert": lambda: distilhubert(num_layers=2, teacher_dim=20, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]
+    "distilalhubert": lambda: distilalhubert(num_layers=2, repeats=3, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]
+    "lighthubert": lambda: lighthubert(SPACE, num_layers=3, teacher_dim=20, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]
+}
+FAMILIES: dict[str, Callable[[], SpeechModel]] = {
+    name: (lambda make=make: build_model(make(), torch.Generator().manual_seed(0)))  # type: ignore[misc]
+    for name, make in CONFIGS.items()
+}
+FAMILIES["lighthubert, smallest subnet"] = lambda: extract_model(FAMILIES["lighthubert"](), "min")
+
+
+def made(name: str) -> SpeechModel:
+    model = FAMILIES[name]().eval()
+    if name == "melhubert":
+        model.set_statistics(torch.zeros(40), torch.ones(40), source="test")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # norms and biases other than their initial ones and zeros
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def speechlike(batch: int, samples: int) -> torch.Tensor:
+    noise = torch.randn(batch, samples, generator=torch.Generator().manual_seed(2))
+    return 0.1 * noise * torch.linspace(0.1, 1.0, samples)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_an_utterance_is_batched_with_does_not_matter(name: str, gradients: bool) -> None:
+    model, waveform_BS = made(name), speechlike(4, 9000)
+    lengths_B = torch.tensor([9000, 8300, 4001, 900])
+    with torch.set_grad_enabled(gradients):  # with gradients: one padded batch; without: groups of similar length
+        together = model.encode(waveform_BS, lengths_B)
+        for row, length in enumerate(lengths_B.tolist()):
+            alone = model.encode(waveform_BS[row : row + 1, :length])
+            frames = int(alone.lengths[0])
+            assert int(together.lengths[row]) == frames > 0
+            pairs = zip(
+                (together.embed, together.final, *together.layers), (alone.embed, alone.final, *alone.layers), strict=True
+            )
+            for batched, single in pairs:
+                assert batched is not None
+                assert single is not None
+                torch.testing.assert_close(batched[row, :frames], single[0], atol=1e-5, rtol=1e-5)
+                assert not batched[row, frames:].any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs_are_where_the_contract_says(name: str) -> None:
+    model = made(name)
+    output = model.encode(speechlike(1, 8000))
+    assert len(output.layers) == model.num_layers + 1
+    assert output.final.shape == (1, int(output.lengths[0]), model.config.encoder.dim)
+    assert model.frontend is not None
+    assert int(output.lengths[0]) == model.frontend.num_frames(8000)
+    assert torch.equal(output.final, output.layers[-1]) == (model.config.encoder.norm_placement == "post")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_native_format_keeps_the_model(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert loaded.config == model.config
+    waveform_BS = speechlike(1, 6000)
+    assert torch.equal(loaded.encode(waveform_BS).final, model.encode(waveform_BS).final)
+
+
+def test_a_supernet_folder_gives_its_subnets(tmp_path: Path) -> None:
+    model = made("lighthubert")
+    save_model(model, tmp_path / "supernet")
+    waveform_BS = speechlike(1, 6000)
+    assert load_model(tmp_path / "supernet").config.search_space == SPACE  # no default subnet: the whole
+    for choice in ("min", "max"):
+        small = load_model(tmp_path / "supernet", subnet=choice)
+        assert small.config.search_space is None
+        torch.testing.assert_close(small.encode(waveform_BS).final, extract_model(model, choice).encode(waveform_BS).final)
+    with pytest.raises(ValueError, match="default"):
+        load_model(tmp_path / "supernet", subnet="default")
+    save_model(small, tmp_path / "small")
+    with pytest.raises(ValueError, match="is no supernet"):
+        load_model(tmp_path / "small", subnet="min")
+
+
+def test_compat_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+    save_model(made("melhubert"), tmp_path / "model")
+    with pytest.raises(ValueError, match="no convolutional front-end"):
+        load_model(tmp_path / "model", compat="reference")
+    save_model(made("hubert, base style"), tmp_path / "hubert")
+    assert load_model(tmp_path / "hubert", compat="reference").config.frontend.compat == "reference"  # type: ignore[union-attr]
