@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from sslim.checkpoints.importers import Imported, melhubert
+from sslim.checkpoints.importers import (
+    Imported,
+    distilalhubert,
+    distilhubert,
+    dphubert,
+    hubert,
+    huggingface,
+    lighthubert,
+    melhubert,
+)
 from sslim.checkpoints.native import DESCRIPTION, assemble, load_native
 from sslim.checkpoints.restricted_pickle import OPTIMISER_KEYS, CheckpointError, read_pickle
-from sslim.frontends import load_statistics
+from sslim.frontends import ConvFrontendConfig, load_statistics
 from sslim.models import SpeechModel
+from sslim.models.elastic import extract_model
 
 MAX_KEYS = 8  # top-level keys spelt out in an error
 
@@ -34,40 +44,92 @@ class Importer:
 
 
 def load_model(
-    path: str | Path, *, statistics: str | Path | None = None, subnet: str | Mapping[str, Any] | None = None
+    path: str | Path,
+    *,
+    statistics: str | Path | None = None,
+    subnet: str | Mapping[str, Any] | None = None,
+    compat: Literal["reference"] | None = None,
 ) -> SpeechModel:
     """Loads a model from a native folder or a foreign checkpoint.
 
     Args:
-        path: A folder that ``save_model`` wrote, or a foreign checkpoint file.
+        path: A folder that ``save_model`` wrote, or a foreign checkpoint: a file, or a folder of Hugging Face's.
         statistics: Global mean and standard deviation for the front-end of a foreign file, which holds none: a published set
             (``libri-100``, ``libri-360``, ``libri-960``) or a file. Without it features can be encoded, waveforms cannot.
-        subnet: Which part of a supernet.
+        subnet: Which part of a supernet: ``default``, ``max``, ``min``, or a description (see ``SearchSpace.subnet``);
+            ``whole`` keeps the supernet, to train or search it further. None is the default subnet where one is known, else
+            the whole.
+        compat: ``reference`` makes a convolutional front-end treat padding as the reference implementation does (see
+            ``ConvFrontendConfig``): features then depend on what an utterance is batched with.
 
     Returns:
         The model in eval mode on the CPU, with its provenance.
 
     Raises:
         CheckpointError: Not a checkpoint that can be read; the sentence says why.
-        ValueError: Unknown statistics, or statistics or a subnet for a model that has no use for them.
+        ValueError: Unknown statistics; statistics, a subnet or ``compat`` for a model that has no use for them; a subnet that
+            the supernet does not have.
         FileNotFoundError: There is nothing at ``path``.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a model folder or a checkpoint file")
-    model = load_native(path) if path.is_dir() else _import_file(path)
-    if subnet is not None:
-        raise ValueError(f"{path} is no supernet: subnet {subnet!r} cannot be chosen, leave it out")
+    model = _import_folder(path) if path.is_dir() else _import_file(path, subnet)
+    model = _chosen_subnet(model, subnet, path)
+    if compat is not None:
+        model = _with_compat(model, compat, path)
     return model if statistics is None else _with_statistics(model, statistics, path)
 
 
-def _import_file(path: Path) -> SpeechModel:
+def _chosen_subnet(model: SpeechModel, choice: str | Mapping[str, Any] | None, path: Path) -> SpeechModel:
+    space = model.config.search_space
+    if space is None:
+        if choice is not None:
+            raise ValueError(f"{path} is no supernet: subnet {choice!r} cannot be chosen, leave it out")
+        return model
+    if choice is None:
+        choice = "whole" if space.default is None else "default"
+    if choice == "whole":
+        return model
+    try:
+        return extract_model(model, space.subnet(choice)).eval()
+    except ValueError as error:
+        hint = "; give the sizes, subnet={...}, or subnet='whole'" if isinstance(choice, str) else ""
+        raise ValueError(
+            f"{path}: {f'subnet {choice!r}' if isinstance(choice, str) else 'that subnet'}: {error}{hint}"
+        ) from error
+
+
+def _with_compat(model: SpeechModel, compat: Literal["reference"], path: Path) -> SpeechModel:
+    if compat != "reference":
+        raise ValueError(f"compat={compat!r} is unknown; accepted: 'reference', or None")
+    if not isinstance(model.config.frontend, ConvFrontendConfig):
+        raise ValueError(f"{path} has no convolutional front-end: compat={compat!r} changes nothing, leave it out")
+    return assemble(
+        replace(model.config, frontend=replace(model.config.frontend, compat=compat)),
+        model.state_dict(),
+        model.provenance,
+        source=str(path),
+    )
+
+
+def _import_folder(path: Path) -> SpeechModel:
+    if (path / DESCRIPTION).is_file() or not huggingface.is_folder(path):
+        return load_native(path)
+    imported = huggingface.convert_folder(path)
+    provenance = [{"action": "import", "format": huggingface.NAME, "file": path.resolve().name, **imported.notes}]
+    return assemble(imported.config, imported.state, provenance, source=str(path))
+
+
+def _import_file(path: Path, subnet: str | Mapping[str, Any] | None) -> SpeechModel:
     if path.name == DESCRIPTION:
         raise CheckpointError(f"{path} is the description of a model: give its folder {path.parent}")
     contents = read_pickle(path, skip=OPTIMISER_KEYS)
     for importer in IMPORTERS:
         if importer.recognises(contents):
             imported = importer.convert(contents, str(path))
+            if imported.undecided_subnet and subnet != "whole" and not isinstance(subnet, Mapping):
+                raise CheckpointError(f"{path} {imported.undecided_subnet}: give the subnet's sizes, subnet={{...}}")
             provenance = [{"action": "import", "format": importer.name, "file": path.name, **imported.notes}]
             return assemble(imported.config, imported.state, provenance, source=str(path))
     raise CheckpointError(
@@ -103,5 +165,35 @@ IMPORTERS = (
         recognises=melhubert.recognises,
         convert=melhubert.convert,
         holds="model, Upstream_Config.melhubert or .hubert",
+    ),
+    Importer(
+        name="LightHuBERT",
+        recognises=lighthubert.recognises,
+        convert=lighthubert.convert,
+        holds="cfg.model._name hubert_pruner or student_hubert, model",
+    ),
+    Importer(
+        name="DistilHuBERT",
+        recognises=distilhubert.recognises,
+        convert=distilhubert.convert,
+        holds="Distiller, Config.distiller",
+    ),
+    Importer(
+        name="DistilALHuBERT",
+        recognises=distilalhubert.recognises,
+        convert=distilalhubert.convert,
+        holds="alhubert, Config.alhubert",
+    ),
+    Importer(
+        name="DPHuBERT",
+        recognises=dphubert.recognises,
+        convert=dphubert.convert,
+        holds="state_dict, config.extractor_conv_layer_config",
+    ),
+    Importer(
+        name="HuBERT",
+        recognises=hubert.recognises,
+        convert=hubert.convert,
+        holds="cfg or args, model; or task_cfg, model_cfg, model_weight; a folder with config.json is Hugging Face's",
     ),
 )

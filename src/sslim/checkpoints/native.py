@@ -70,8 +70,20 @@ def load_native(folder: str | Path) -> SpeechModel:
         raise CheckpointError(f"{description} {'has the unknown key' if name in values else 'lacks the key'} {name!r}")
     if not (folder / TENSORS).is_file():
         raise CheckpointError(f"{folder} has no {TENSORS}")
+    state = _separate_mask_embedding(values["config"], load_tensors(folder / TENSORS))
     config = from_plain(ModelConfig, values["config"], f"{description}: config")
-    return assemble(config, load_tensors(folder / TENSORS), values["provenance"], source=str(folder))
+    return assemble(config, state, values["provenance"], source=str(folder))
+
+
+def _separate_mask_embedding(config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives a mask embedding that older files hold inside the cluster head its own head, in the description and the tensors."""
+    heads = config.get("heads") if isinstance(config, dict) else None
+    old = heads.get("masked_prediction") if isinstance(heads, dict) else None
+    if not isinstance(old, dict) or "mask_embedding_dim" not in old:
+        return state
+    if (dim := old.pop("mask_embedding_dim")) is not None:
+        heads["mask"] = {"kind": "mask", "dim": dim}  # type: ignore[index]
+    return {name.replace("heads.masked_prediction.mask_embedding", "heads.mask.embedding"): t for name, t in state.items()}
 
 
 def assemble(config: ModelConfig, state: Mapping[str, Tensor], provenance: list[dict[str, Any]], *, source: str) -> SpeechModel:

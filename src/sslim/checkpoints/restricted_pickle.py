@@ -263,6 +263,8 @@ class _Finisher:
         return [plain for plain, _ in pairs], sum(size for _, size in pairs)
 
     def _placeholder(self, value: Placeholder, depth: int) -> tuple[Placeholder, int]:
+        if value.module.startswith("omegaconf") and isinstance(value.state, dict):  # settings that refer back to their parents
+            value.state = {key: item for key, item in value.state.items() if key != "_parent"}
         parts = (value.args, value.state, value.items, value.entries)
         (args, state, items, entries), size = self._all(parts, depth)
         return Placeholder(value.module, value.name, args, state, items, entries), 1 + size

@@ -80,7 +80,7 @@ def test_import_and_export_commands(tmp_path, capsys):
     assert "no statistics" in said
     import_.main(import_.Options(foreign=FILE, folder=tmp_path / "m", statistics="libri-360"))
     assert "no statistics" not in capsys.readouterr().out
-    export.main(export.Options(model=tmp_path / "m", file=tmp_path / "out.ckpt"))
+    export.main(export.Options(model=tmp_path / "m", output=tmp_path / "out.ckpt"))
     assert "not in it: the features' statistics (libri-360)" in capsys.readouterr().out
     first, last = sslim.load_model(FILE), sslim.load_model(tmp_path / "out.ckpt")
     assert all(torch.equal(tensor, last.state_dict()[name]) for name, tensor in first.state_dict().items())

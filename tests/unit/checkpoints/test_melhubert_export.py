@@ -13,7 +13,7 @@ from sslim.checkpoints.exporters.melhubert import melhubert_contents
 from sslim.models import PRESETS, build_model, slice_model
 from sslim.models.melhubert import HEAD, melhubert
 from sslim.nn.encoder import LinearRanks
-from sslim.nn.heads import ClusterHeadConfig
+from sslim.nn.heads import ClusterHeadConfig, MaskEmbeddingConfig
 from sslim.nn.positions import SinusoidPositionsConfig
 from sslim.nn.slicing import Units, fold_positions
 
@@ -40,6 +40,10 @@ def equal(one, two):
     return one.config == two.config and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def with_mask(num_clusters, dim):
+    return {HEAD: ClusterHeadConfig(num_clusters=num_clusters), "mask": MaskEmbeddingConfig(dim=dim)}
+
+
 def expressible():
     """Models that the layout can hold."""
     ten = melhubert(frame_period_ms=10, num_layers=1, dim=32, num_heads=2, feedforward_dim=8, conv_kernel_size=5, conv_groups=2)
@@ -48,8 +52,8 @@ def expressible():
         "tiny": build(tiny()),
         "ten": build(ten),
         "pre_norm": build(tiny(norm_placement="pre", input_norm=False, final_norm=True, activation="relu", layer_drop=0.1)),
-        "embedding": build(replace(embedded, heads={HEAD: ClusterHeadConfig(num_clusters=7, mask_embedding_dim=80)})),
-        "embedding_wide": build(replace(embedded, heads={HEAD: ClusterHeadConfig(num_clusters=7, mask_embedding_dim=32)})),
+        "embedding": build(replace(embedded, heads=with_mask(7, 80))),
+        "embedding_wide": build(replace(embedded, heads=with_mask(7, 32))),
     }
     full = Units.full(models["tiny"].config.encoder)
     models["heads"] = slice_model(models["tiny"], replace(full, heads=((1, 2), (0, 1, 3))))
@@ -155,7 +159,7 @@ def inexpressible():
         (tiny(blocks=(replace(block, num_heads=5),) * 2), "5 heads"),
         (replace(config, heads={}), "head"),
         (replace(config, heads={**config.heads, "other": ClusterHeadConfig(num_clusters=2)}), "other"),
-        (replace(config, heads={HEAD: ClusterHeadConfig(num_clusters=2, mask_embedding_dim=5)}), "mask embedding"),
+        (replace(config, heads=with_mask(2, 5)), "mask embedding"),
         (replace(config, projection=replace(config.projection, norm=True)), "norm before"),
         (replace(config, frontend=replace(config.frontend, features=replace(mel, window="povey"))), "front-end"),
         (melhubert(num_layers=1, dim=80, num_heads=2, feedforward_dim=8), "as wide as the model"),

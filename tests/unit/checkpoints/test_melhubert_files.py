@@ -140,7 +140,7 @@ def test_mask_embedding_activation_and_absent_parts(pretrained, tmp_path):
     embedding = torch.arange(80.0)
     settings = {"learnable_mask_emb": True, "activation_fn": "gelu_accurate", "encoder_layerdrop": "0.05"}
     model = load(changed(pretrained, settings=settings, weights={"mask_emb": embedding}), tmp_path)
-    assert torch.equal(model.heads["masked_prediction"].mask_embedding, embedding)
+    assert torch.equal(model.heads["mask"].embedding, embedding)
     assert model.config.encoder.activation == "gelu_tanh"
     assert model.config.encoder.layer_drop == 0.05
     conv = [name for name in pretrained["model"] if "pos_conv" in name]

@@ -11,10 +11,10 @@ from sslim.checkpoints import CheckpointError
 from sslim.checkpoints.native import assemble
 from sslim.models import PRESETS, ModelConfig, ProjectionConfig, build_model, slice_model
 from sslim.nn.encoder import BlockConfig, EncoderConfig, LinearRanks
-from sslim.nn.heads import ClusterHeadConfig
+from sslim.nn.heads import ClusterHeadConfig, MaskEmbeddingConfig
 from sslim.nn.positions import ConvPositionsConfig, SinusoidPositionsConfig
 from sslim.nn.slicing import Units
-from sslim.storage import DIGESTS, TornFolderError, file_digest
+from sslim.storage import DIGESTS, TornFolderError, atomic_folder, file_digest, save_tensors, write_json
 
 TINY = BlockConfig(num_heads=2, head_dim=4, feedforward_dim=12)
 
@@ -39,7 +39,7 @@ def other_kinds():
         "causal": EncoderConfig(dim=8, blocks=(TINY,), depth_map=(0,), positions=causal, causal=True),
     }
     models = {name: build_model(ModelConfig(encoder=encoder, **common), generator()) for name, encoder in encoders.items()}
-    head = {"masked_prediction": ClusterHeadConfig(num_clusters=3, mask_embedding_dim=7)}
+    head = {"masked_prediction": ClusterHeadConfig(num_clusters=3), "mask": MaskEmbeddingConfig(dim=7)}
     models["head"] = build_model(ModelConfig(encoder=encoders["shared"], heads=head, **common), generator())
     whole = tiny()
     full = Units.full(whole.config.encoder)
@@ -178,3 +178,19 @@ def test_assemble_is_strict_both_ways():
         assemble(model.config, {**state, "frontend.mean": torch.zeros(40)}, [], source="s")
     with pytest.raises(CheckpointError, match=r"torch\.int64"):
         assemble(model.config, {**state, "projection.linear.bias": torch.zeros(32).long()}, [], source="s")
+
+
+def test_models_saved_with_the_mask_embedding_inside_the_cluster_head_still_load(tmp_path):
+    model = other_kinds()["head"]
+    sslim.save_model(model, tmp_path / "m")
+    values = json.loads((tmp_path / "m" / "model.json").read_text())
+    del values["config"]["heads"]["mask"]
+    values["config"]["heads"]["masked_prediction"]["mask_embedding_dim"] = 7
+    old = {"heads.mask.embedding": "heads.masked_prediction.mask_embedding"}
+    state = {old.get(name, name): tensor for name, tensor in model.state_dict().items()}
+    with atomic_folder(tmp_path / "old") as folder:
+        write_json(folder / "model.json", values)
+        save_tensors(folder / "model.safetensors", state)
+    again = sslim.load_model(tmp_path / "old")
+    assert again.config == model.config
+    assert torch.equal(again.heads["mask"].embedding, model.heads["mask"].embedding)

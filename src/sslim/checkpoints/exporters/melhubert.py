@@ -17,9 +17,10 @@ from torch import Tensor
 from sslim.checkpoints.importers.melhubert import ACTIVATIONS, FRAME_PERIODS_MS
 from sslim.checkpoints.importers.melhubert_names import foreign_name
 from sslim.models import ModelConfig, SpeechModel
-from sslim.models.melhubert import HEAD, melhubert_frontend
+from sslim.models.melhubert import HEAD, MASK, melhubert_frontend
 from sslim.nn.encoder import EncoderConfig, LinearRanks
-from sslim.nn.positions import ConvPositionsConfig
+from sslim.nn.heads import ClusterHeadConfig, MaskEmbeddingConfig
+from sslim.nn.positions import ConvPositionsConfig, split_weight_norm
 
 CROP_S = 15  # seconds of the reference's training crops, what its sequence_length stands for
 
@@ -92,12 +93,19 @@ def _inexpressible_ends(config: ModelConfig) -> str | None:
         period_ms = FRAME_PERIODS_MS.get(width)
         if period_ms is None or config.frontend != melhubert_frontend(period_ms, statistics):
             return "its front-end is not MelHuBERT's 40 log-Mel bins every 10 ms, stacked by two for 20 ms"
-    if set(config.heads) != {HEAD}:
-        return f"it must have the head {HEAD!r} and no other, it has {', '.join(sorted(config.heads)) or 'none'}"
-    embedding = getattr(config.heads[HEAD], "mask_embedding_dim", None)
+    if set(config.heads) - {MASK} != {HEAD} or not isinstance(config.heads[HEAD], ClusterHeadConfig):
+        found = ", ".join(f"{name} ({head.kind})" for name, head in sorted(config.heads.items())) or "none"
+        return f"it must have the head {HEAD!r} of kind 'clusters' and no other but {MASK!r}, it has {found}"
+    embedding = _mask_width(config)
     if embedding not in (None, width, config.encoder.dim):
         return f"its mask embedding of width {embedding} fits neither features nor model"
     return None
+
+
+def _mask_width(config: ModelConfig) -> int | None:
+    """Width of the learnt vector in place of hidden frames; None where they are zeros."""
+    head = config.heads.get(MASK)
+    return head.dim if isinstance(head, MaskEmbeddingConfig) else None
 
 
 def _inexpressible_encoder(encoder: EncoderConfig) -> str | None:
@@ -151,10 +159,8 @@ def _foreign_state(model: SpeechModel) -> dict[str, Tensor]:
     """Tensors under the reference's names; a folded positional kernel is split again, which is exact."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("frontend.")}
     if "encoder.positions.weight" in state:
-        kernel = state.pop("encoder.positions.weight")
-        gain = torch.linalg.vector_norm(kernel, dim=(0, 1), keepdim=True)
-        state["encoder.positions.gain"] = gain
-        state["encoder.positions.direction"] = torch.where(gain == 0, torch.ones_like(kernel), kernel)
+        gain, direction = split_weight_norm(state.pop("encoder.positions.weight"))
+        state |= {"encoder.positions.gain": gain, "encoder.positions.direction": direction}
     foreign = {}
     for name, tensor in state.items():
         key = foreign_name(name, final_norm=model.config.encoder.final_norm)
@@ -167,7 +173,8 @@ def _settings(config: ModelConfig, num_heads: int) -> dict[str, Any]:
     encoder, head = config.encoder, config.heads[HEAD]
     positions = encoder.positions
     assert isinstance(positions, ConvPositionsConfig)
-    embedding = head.mask_embedding_dim
+    assert isinstance(head, ClusterHeadConfig)
+    embedding = _mask_width(config)
     return {
         "feat_emb_dim": config.projection.feature_dim,
         "pos_emb_type": "conv",

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from sslim.checkpoints.importers import Imported
+from sslim.checkpoints.importers.fairseq_names import rename, tensors_of
 from sslim.checkpoints.importers.melhubert_names import native_name
-from sslim.checkpoints.pickle_values import Placeholder
+from sslim.checkpoints.importers.settings import Settings, plain, short, state_of
 from sslim.checkpoints.restricted_pickle import CheckpointError
 from sslim.frontends import FrontendConfig
 from sslim.models import ModelConfig, ProjectionConfig
-from sslim.models.melhubert import HEAD, melhubert_frontend
+from sslim.models.melhubert import HEAD, MASK, melhubert_frontend
 from sslim.nn.encoder import BlockConfig, EncoderConfig
-from sslim.nn.heads import ClusterHeadConfig
+from sslim.nn.heads import ClusterHeadConfig, HeadConfig, MaskEmbeddingConfig
 from sslim.nn.positions import ConvPositionsConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_accurate": "gelu_tanh", "relu": "relu", "tanh": "tanh", "linear": "linear"}
@@ -63,7 +64,7 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
     """
     upstream = contents["Upstream_Config"]
     section = next(upstream[key] for key in ("melhubert", "hubert") if isinstance(upstream.get(key), dict))
-    settings = _Settings(section, source)
+    settings = Settings(section, source)
     weights = _weights(contents, source)
     effective, masked = bake_masks(weights, source)
     final_norm = settings.boolean("layer_norm_first", False)
@@ -76,15 +77,8 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
 
 
 def _weights(contents: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """Weights under ``model`` or ``Model``; data parallel's prefix ``module.`` is taken off when every name has it."""
-    weights = next((contents[key] for key in ("model", "Model") if key in contents), None)
-    if not isinstance(weights, dict) or not weights:
-        raise CheckpointError(f"{source} is a MelHuBERT checkpoint without weights (no 'model')")
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{source}: {str(name)[:80]!r} in its weights is a {type(tensor).__name__}, not a tensor")
-    prefixed = all(name.startswith("module.") for name in weights)
-    return {name.removeprefix("module.") if prefixed else name: tensor for name, tensor in weights.items()}
+    """Weights under ``model`` or ``Model``."""
+    return tensors_of(next((contents[key] for key in ("model", "Model") if key in contents), None), source, "model")
 
 
 def bake_masks(weights: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -115,75 +109,23 @@ def bake_masks(weights: Mapping[str, Tensor], source: str) -> tuple[dict[str, Te
 
 
 def _translate_names(weights: Mapping[str, Tensor], source: str, *, final_norm: bool) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        native = native_name(name, final_norm=final_norm)
-        if native is None:
-            raise CheckpointError(f"{source} has a tensor {name[:80]!r}, which is no part of a MelHuBERT")
-        if native in state:
-            raise CheckpointError(f"{source} has {native} twice, under classic and modern names of weight norm")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{source}: {name} holds {tensor.dtype}, expected floating-point numbers")
-        state[native] = tensor.float()
-        if not bool(state[native].sum().isfinite()) and not bool(state[native].isfinite().all()):  # the sum is ten times faster
-            raise CheckpointError(f"{source}: {name} holds NaN or infinite values, the training had diverged")
-    return state
-
-
-class _Settings:
-    """The ``melhubert`` section, with the reference's defaults and lenient numbers but strict booleans."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values, self.source = values, source
-
-    def number(self, name: str, default: float, *, low: float = 0.0, high: float = float("inf")) -> float:
-        value = self.values.get(name, default)
-        try:
-            number = float(value) if isinstance(value, int | float | str) else float("nan")
-        except (ValueError, OverflowError):
-            number = float("nan")
-        if not low <= number <= high:
-            raise CheckpointError(
-                f"{self.source}: its setting {name} is {_short(value)}, expected a number from {low:g} to {high:g}"
-            )
-        return number
-
-    def count(self, name: str, default: int) -> int:
-        number = self.number(name, default, low=1, high=1 << 20)
-        if number != int(number):
-            raise CheckpointError(f"{self.source}: its setting {name} is {number}, expected a whole number")
-        return int(number)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.values.get(name, default)
-        if not isinstance(value, bool | int) or value not in (True, False):
-            raise CheckpointError(f"{self.source}: its setting {name} is {_short(value)}, expected true or false")
-        return bool(value)
-
-    def choice(self, name: str, default: str, accepted: Mapping[str, str]) -> Any:
-        value = self.values.get(name, default)
-        if not isinstance(value, str) or value not in accepted:
-            raise CheckpointError(
-                f"{self.source}: its setting {name} is {_short(value)}, expected one of {', '.join(accepted)}"
-            )
-        return accepted[value]
+    return rename(weights, source, lambda name: native_name(name, final_norm=final_norm), what="a MelHuBERT", copy=False)
 
 
 class _Shapes:
     """Reads the description off the tensors and checks it against the settings."""
 
-    def __init__(self, state: Mapping[str, Tensor], settings: _Settings, source: str) -> None:
+    def __init__(self, state: Mapping[str, Tensor], settings: Settings, source: str) -> None:
         self.state, self.settings, self.source = state, settings, source
 
     def model_config(self, contents: Mapping[str, Any], notes: dict[str, Any]) -> ModelConfig:
         encoder = self.encoder(contents, notes)
         feature_dim = self.agreed("feat_emb_dim", self.width("projection.linear.weight", 1, encoder.dim))
-        heads = {}
+        heads: dict[str, HeadConfig] = {}
         if f"heads.{HEAD}.linear.weight" in self.state:
-            embedding = self.state.get(f"heads.{HEAD}.mask_embedding")
-            width = None if embedding is None else embedding.numel()
-            clusters = self.width(f"heads.{HEAD}.linear.weight", 0)
-            heads[HEAD] = ClusterHeadConfig(num_clusters=clusters, mask_embedding_dim=width)
+            heads[HEAD] = ClusterHeadConfig(num_clusters=self.width(f"heads.{HEAD}.linear.weight", 0))
+        if f"heads.{MASK}.embedding" in self.state:
+            heads[MASK] = MaskEmbeddingConfig(dim=self.width(f"heads.{MASK}.embedding", 0))
         return ModelConfig(
             family="melhubert",
             frontend=self.frontend(feature_dim, contents, notes),
@@ -289,7 +231,7 @@ class _Shapes:
     def frontend(self, feature_dim: int, contents: Mapping[str, Any], notes: dict[str, Any]) -> FrontendConfig | None:
         """The documented front-end of 40 or 80 features; None, with a note, for any other input."""
         period_ms = FRAME_PERIODS_MS.get(feature_dim)
-        stated = _state_of(contents.get("Args")).get("frame_period")
+        stated = state_of(contents.get("Args")).get("frame_period")
         if period_ms is not None and isinstance(stated, int) and stated != period_ms:
             raise CheckpointError(
                 f"{self.source}: its Args say frames of {stated} ms, {feature_dim} features mean frames of {period_ms} ms"
@@ -301,7 +243,7 @@ class _Shapes:
             key: audio[key] for key, value in expected.items() if isinstance(audio, dict) and audio.get(key, value) != value
         }
         if period_ms is None or other:
-            notes["frontend"] = f"unknown: {feature_dim} features{''.join(f', {k} {_short(v)}' for k, v in other.items())}"
+            notes["frontend"] = f"unknown: {feature_dim} features{''.join(f', {k} {short(v)}' for k, v in other.items())}"
             return None
         notes["frontend"] = f"40 log-Mel bins every 10 ms, as documented for {feature_dim} features; the file does not say"
         return melhubert_frontend(period_ms)
@@ -330,37 +272,15 @@ def _notes(contents: Mapping[str, Any], upstream: Mapping[str, Any]) -> dict[str
     expert = runner.get("pretrain_expert")
     datarc = runner.get("datarc") or (expert.get("datarc") if isinstance(expert, dict) else None)
     sets = datarc.get("sets") if isinstance(datarc, dict) else None
-    args = _state_of(contents.get("Args"))
+    args = state_of(contents.get("Args"))
     notes = {
-        "settings": _plain(upstream),
-        "step": _plain(contents.get("Step")),
-        "training_sets": _plain(sets),
-        "mode": _plain(args.get("mode")),
-        "initial_weight": _plain(args.get("initial_weight")),
+        "settings": plain(upstream),
+        "step": plain(contents.get("Step")),
+        "training_sets": plain(sets),
+        "mode": plain(args.get("mode")),
+        "initial_weight": plain(args.get("initial_weight")),
     }
     found = {match for name in sets or [] if isinstance(name, str) for match in STATISTICS_NAMES.findall(name)}
     if len(found) == 1:
         notes["likely_statistics"] = f"libri-{found.pop()}"
     return {key: value for key, value in notes.items() if value is not None}
-
-
-def _state_of(args: Any) -> Mapping[str, Any]:
-    state = args.state if isinstance(args, Placeholder) else args
-    return state if isinstance(state, dict) else {}
-
-
-def _plain(value: Any) -> Any:
-    """JSON values of foreign settings; anything else becomes its text."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, dict):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Placeholder) and value.module == "pathlib":
-        return "/".join(part for part in value.args if isinstance(part, str))
-    return str(value).encode(errors="replace").decode()
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:40]
