@@ -6,6 +6,7 @@ Legend of shape suffixes, used throughout the package: ``B`` batch, ``S`` sample
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +48,7 @@ class Batch:
         ids: Utterance ids, for error messages.
         labels: (B, T') int64 at the model's own frame period, padded with ``IGNORED_LABEL``; None without targets.
         duration_s: Seconds of real audio in the batch.
+        teacher: (B, T'', D') stored frames of a teacher, at its own frame period; None without.
     """
 
     inputs: Tensor
@@ -54,23 +56,27 @@ class Batch:
     ids: tuple[str, ...]
     labels: Tensor | None = None
     duration_s: float = 0.0
+    teacher: Padded | None = None
 
     @property
     def is_waveform(self) -> bool:
         return self.inputs.dim() == 2
 
     def to(self, device: torch.device | str) -> Batch:
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return replace(
-            self,
-            inputs=self.inputs.to(device, non_blocking=True),
-            lengths=self.lengths.to(device, non_blocking=True),
-            labels=labels,
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return replace(self, inputs=self.inputs.pin_memory(), lengths=self.lengths.pin_memory(), labels=labels)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        teacher = self.teacher
+        return replace(
+            self,
+            inputs=function(self.inputs),
+            lengths=function(self.lengths),
+            labels=None if self.labels is None else function(self.labels),
+            teacher=None if teacher is None else Padded(values=function(teacher.values), lengths=function(teacher.lengths)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "cluster": ("sslim.commands.cluster", "k-means targets from features or from a layer of a model, with their quality"),
     "pretrain": ("sslim.commands.pretrain", "pre-train a model; the same command resumes"),
+    "compress": ("sslim.commands.compress", "smaller models: distillation, supernets and their parts"),
     "probe": ("sslim.commands.probe", "evaluate a model's layers against baselines; writes a result card"),
     "extract": ("sslim.commands.extract", "hidden states of audio files or a corpus to safetensors, npz or Kaldi ark"),
     "import": ("sslim.commands.import_", "a foreign checkpoint to a native model folder"),
@@ -123,8 +124,14 @@ def _run(arguments: list[str]) -> int:
         close = difflib.get_close_matches(verb.lstrip("-"), VERBS, n=1, cutoff=0.4)
         advice = f"did you mean {close[0]!r}?" if close else f"the verbs are {', '.join(VERBS)}"
         raise UsageError(f"there is no {kind} {verb!r}; {advice}")
-    module = importlib.import_module(VERBS[verb][0])
-    module.main(parse_options(verb, module, arguments[1:]))
+    module, rest = importlib.import_module(VERBS[verb][0]), arguments[1:]
+    if hasattr(module, "METHODS"):  # a verb with commands of its own
+        method = module.choose(rest)
+        if method is None:
+            print(module.help_text())
+            return 0
+        verb, module, rest = f"{verb} {method}", importlib.import_module(module.METHODS[method][0]), rest[1:]
+    module.main(parse_options(verb, module, rest))
     return 0
 
 

@@ -8,7 +8,7 @@ from sslim.config import ConfigError, from_plain, override, read_json, to_plain
 from sslim.frontends.config import FilterbankConfig, MfccConfig, SpectralFrontendConfig
 from sslim.models import PRESETS, ModelConfig
 from sslim.nn.positions import SinusoidPositionsConfig
-from sslim.recipes.melhubert import RECIPES
+from sslim.recipes import hubert, melhubert
 from sslim.recipes.pretrain import PretrainRecipe
 
 
@@ -32,9 +32,9 @@ def test_every_preset_comes_back(name: str) -> None:
     assert from_plain(ModelConfig, to_plain(config)) == config
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted({**melhubert.RECIPES, **hubert.RECIPES}))
 def test_every_recipe_comes_back(name: str) -> None:
-    recipe = RECIPES[name]()
+    recipe = {**melhubert.RECIPES, **hubert.RECIPES}[name]()
     assert from_plain(PretrainRecipe, to_plain(recipe)) == recipe
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -37,7 +38,10 @@ def main(options: Options) -> None:
     hours = corpus.duration_s() / 3600
     console.print(f"{corpus.name}: {len(corpus):,} utterances, {hours:.2f} h, {corpus.num_quarantined} quarantined")
     period_s = options.frame_period_ms / 1000
-    stack = max(1, round(period_s / corpus.base_frame_shift_s))
+    reads: dict[str, Any] = {"stack": max(1, round(period_s / corpus.base_frame_shift_s))} if corpus.base_dim else {}
+    if not corpus.base_dim:  # nothing but waveforms: a model has one frame for each period, or one fewer
+        hop = round(period_s * corpus.sample_rate)
+        reads["waveform_frames"] = lambda num_samples: num_samples // hop
     names = options.labels or tuple(corpus.label_names())
     problems = []
     for name in names or (None,):
@@ -46,7 +50,7 @@ def main(options: Options) -> None:
             console.print("no label sets: `sslim cluster` makes one")
         else:
             console.print(f"labels {name}: {labels.num_clusters} clusters, one label every {1000 * labels.frame_period_s:g} ms")
-        problems += examine(corpus, labels, frame_period_s=period_s, stack=stack)
+        problems += examine(corpus, labels, frame_period_s=period_s, **reads)
     distinct = list({problem.sentence: problem for problem in problems}.values())
     for problem in distinct[: options.most]:
         console.print(f"{'PROBLEM' if problem.fatal else 'note'}  {problem.sentence}", soft_wrap=True)

@@ -15,13 +15,14 @@ class Options:
 
     Attributes:
         model: A model folder, or a foreign checkpoint.
-        file: The file to write.
-        format: melhubert is the reference implementation's .ckpt, which holds no mean and standard deviation of features.
+        output: What to write: a file (melhubert) or a folder (huggingface).
+        format: melhubert is the reference implementation's .ckpt, which holds no mean and standard deviation of features;
+            huggingface is a folder for transformers' HubertModel, in which shared layers are unrolled.
     """
 
     model: tyro.conf.Positional[Path]
-    file: tyro.conf.Positional[Path]
-    format: Literal["melhubert"] = "melhubert"
+    output: Path
+    format: Literal["melhubert", "huggingface"] = "melhubert"
 
 
 def main(options: Options) -> None:
@@ -34,7 +35,10 @@ def main(options: Options) -> None:
     from sslim.checkpoints.exporters import EXPORTERS
 
     model = load_model(options.model)
-    EXPORTERS[options.format](model, options.file)
-    print(f"{options.file}: {options.format}, {model.num_parameters():,} parameters")
+    EXPORTERS[options.format](model, options.output)
+    print(f"{options.output}: {options.format}, {model.num_parameters():,} parameters")
     if model.frontend is not None and model.frontend.statistics_source is not None:
         print(f"  not in it: the features' statistics ({model.frontend.statistics_source})")
+    left_out = sorted(set(model.config.heads) - {"mask"}) if options.format == "huggingface" else []
+    if left_out:
+        print(f"  not in it: the heads {', '.join(left_out)}")

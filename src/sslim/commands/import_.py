@@ -10,20 +10,23 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Read a foreign checkpoint (MelHuBERT of any generation, pruned and distilled ones too) and write a native model folder.
+    """Read a foreign checkpoint and write a native model folder. Nothing in the file is executed.
 
-    Nothing in the file is executed.
+    Known: MelHuBERT of any generation, HuBERT (fairseq, S3PRL, Hugging Face), DistilHuBERT, DistilALHuBERT, LightHuBERT,
+    DPHuBERT and DPWavLM, pruned and distilled ones too.
 
     Attributes:
-        foreign: The checkpoint file.
+        foreign: The checkpoint file, or a Hugging Face folder.
         folder: The model folder to write.
         statistics: Mean and standard deviation of the features, which such files do not hold: libri-100, libri-360, libri-960,
             or a .npy (2, F) or .safetensors file. Without it the model takes features but no waveforms.
+        subnet: Of a supernet (LightHuBERT): default, max, min, a JSON object, a .json file; whole keeps the supernet.
     """
 
     foreign: tyro.conf.Positional[Path]
     folder: tyro.conf.Positional[Path]
     statistics: str | None = None
+    subnet: str | None = None
 
 
 def main(options: Options) -> None:
@@ -33,8 +36,9 @@ def main(options: Options) -> None:
         ValueError: The file cannot be read, or the statistics are unknown.
     """
     from sslim.checkpoints import load_model, save_model
+    from sslim.commands.subnet_choice import subnet_choice
 
-    model = load_model(options.foreign, statistics=options.statistics)
+    model = load_model(options.foreign, statistics=options.statistics, subnet=subnet_choice(options.subnet))
     save_model(model, options.folder)
     notes = model.provenance[0]
     size = f"{model.num_layers} layers of width {model.config.encoder.dim}, {model.num_parameters():,} parameters"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +29,8 @@ class Options:
         init_from: Model to start from: a native folder, a run, or a foreign checkpoint.
         init_optimizer: Take over the optimiser state of the run given to --init-from.
         keep_head: Keep the prediction head of --init-from (its labels must be the same).
+        iterations: Cluster and train this many times, as the recipe's targets say: MFCC first, then a layer of the model
+            before. Runs are OUTPUT/iteration-1 and so on; --labels and --init-from are for the first.
         steps: Optimiser steps.
         minutes: Stop after this long, at the end of a step.
         batch_s: Seconds of audio in a micro-batch.
@@ -53,6 +55,7 @@ class Options:
     init_from: Annotated[Path | None, tyro.conf.arg(aliases=["-i"])] = None
     init_optimizer: bool = False
     keep_head: bool = False
+    iterations: int | None = None
     steps: int | None = None
     minutes: float | None = None
     batch_s: float | None = None
@@ -118,22 +121,23 @@ def changed(recipe: PretrainRecipe, changes: dict[str, Any]) -> PretrainRecipe:
 
 def _recipe(options: Options) -> tuple[PretrainRecipe, tuple[str, ...]]:
     from sslim.config import nearest
-    from sslim.recipes.melhubert import RECIPES
+    from sslim.recipes import hubert, melhubert
     from sslim.recipes.melhubert_yaml import read_melhubert_yaml
     from sslim.recipes.pretrain import read_recipe
 
+    recipes = {**melhubert.RECIPES, **hubert.RECIPES}
     if (options.model_config is None) != (options.runner_config is None):
         raise ValueError("--model-config and --runner-config belong together: give both")
     if options.model_config is not None and options.runner_config is not None:
         return read_melhubert_yaml(options.model_config, options.runner_config)
     if options.recipe is None:
-        raise ValueError(f"no recipe given: name one of {', '.join(RECIPES)}, or a JSON file")
-    if options.recipe in RECIPES:
-        return RECIPES[options.recipe](), ()
+        raise ValueError(f"no recipe given: name one of {', '.join(recipes)}, or a JSON file")
+    if options.recipe in recipes:
+        return recipes[options.recipe](), ()
     if options.recipe.endswith(".json"):
         return read_recipe(Path(options.recipe)), ()
     raise ValueError(
-        f"no recipe {options.recipe!r}{nearest(options.recipe, RECIPES)}; there are {', '.join(RECIPES)}, or a JSON file"
+        f"no recipe {options.recipe!r}{nearest(options.recipe, recipes)}; there are {', '.join(recipes)}, or a JSON file"
     )
 
 
@@ -157,23 +161,30 @@ def main(options: Options) -> None:
     """Trains and says where the model is."""
     import torch
 
+    from sslim.recipes.iterations import pretrain_iterations
     from sslim.recipes.pretrain import pretrain
 
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe, sets = _recipe(options)
     recipe = changed(recipe, changes_of(options))
-    result = pretrain(
-        recipe,
-        _corpus(options, sets),
-        options.labels,
-        options.output,
-        init_from=options.init_from,
-        init_optimizer=options.init_optimizer,
-        keep_head=options.keep_head,
-    )
+    corpus, output = _corpus(options, sets), options.output
+    start: dict[str, Any] = {
+        "init_from": options.init_from,
+        "init_optimizer": options.init_optimizer,
+        "keep_head": options.keep_head,
+    }
+    if options.iterations is None:
+        result = pretrain(recipe, corpus, options.labels, output, **start)
+    else:
+        if options.steps is not None:  # asked for on the command line, so for every iteration
+            recipe = replace(recipe, targets=tuple(replace(targets, steps=None) for targets in recipe.targets))
+        result = pretrain_iterations(
+            recipe, corpus, output, num_iterations=options.iterations, labels_name=options.labels, start=start
+        )
+        output = output / f"iteration-{options.iterations}"
     if not result.finished:
         print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(result.exit_code)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"model: {options.output / 'model'}   next: sslim probe … or sslim report {options.output}")
+        print(f"model: {output / 'model'}   next: sslim probe … or sslim report {output}")

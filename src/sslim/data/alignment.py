@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from sslim.audio import stack_reach
 from sslim.data.corpus import Corpus
 from sslim.data.sources import Segment
-from sslim.frontends.config import FilterbankConfig, SpectralFrontendConfig
+from sslim.frontends.config import ConvFrontendConfig, FilterbankConfig, FrontendConfig
 
 NO_SEGMENT = -1
 ROUNDING_S = (
@@ -20,12 +21,14 @@ ROUNDING_S = (
 )
 
 
-def frame_length_s(config: SpectralFrontendConfig) -> float:
+def frame_length_s(config: FrontendConfig) -> float:
     """Returns the seconds of sound that a frame of the front-end's output sees, counted from the start of its shift.
 
     With ``snip_edges`` frame t sees t shifts to t shifts + window, and a stacked one from its first window's start to its last
     one's end. Without, windows are centred on their shifts, so a frame stands for its shifts alone.
     """
+    if isinstance(config, ConvFrontendConfig):
+        return stack_reach([(layer.kernel, layer.stride) for layer in config.layers])[0] / config.sample_rate
     features = config.features
     bank = features if isinstance(features, FilterbankConfig) else features.filterbank
     if not bank.snip_edges:

@@ -299,7 +299,13 @@ class CorpusBatches:
         inputs_BS = torch.zeros(len(utterances), max(lengths))
         rows = inputs_BS.numpy()
         for row, (i, start, length) in enumerate(zip(utterances, starts, lengths, strict=True)):
-            rows[row, :length] = self.corpus.waveform(i)[start : start + length]
+            waveform_S = self.corpus.waveform(i)[start : start + length]
+            if len(waveform_S) < length:
+                raise ValueError(
+                    f"utterance {self.corpus.utterance(i).id} is {length - len(waveform_S)} samples shorter than when corpus "
+                    f"{self.corpus.name} was prepared: prepare it again"
+                )
+            rows[row, :length] = waveform_S
         return inputs_BS
 
     def _labels(self, labels: LabelStore, utterances: list[int], planned: PlannedBatch) -> Tensor:

@@ -7,7 +7,7 @@ at everything; a training run looks at a sample in its first seconds. A fatal pr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ DEAD_SHARE_WARNED = 0.05  # of the clusters; k-means on real speech leaves fewer
 DEAD_SHARE_REFUSED = 0.5
 MIN_CONSTANT_FRAMES = 50  # half a second of 10 ms labels with one and the same value is no speech
 SILENT_SPREAD = 1e-3  # log-Mel of digital silence is constant; the quietest real recordings vary by more than 0.1
+
+NumFrames = Callable[[int], int]  # utterance to frames of the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,25 @@ class Problem:
 
     sentence: str
     fatal: bool = True
+
+
+def check_waveforms(corpus: Corpus, indices: Sequence[int], num_frames: NumFrames) -> Iterator[Problem]:
+    """Checks the sound of the chosen utterances, for models that read it: unreadable, cut short, silent."""
+    for i in indices:
+        name, num_samples = corpus.utterance(i).id, int(corpus.num_samples[i])
+        try:
+            waveform_S = corpus.waveform(i)
+        except (ValueError, OSError) as error:
+            yield Problem(sentence=f"utterance {name} cannot be read: {error}")
+            continue
+        if len(waveform_S) < num_samples:
+            yield Problem(
+                sentence=f"utterance {name} has {len(waveform_S)} samples now, {num_samples} when the corpus was prepared"
+            )
+        elif float(np.abs(waveform_S).max(initial=0.0)) == 0.0:
+            yield Problem(sentence=f"utterance {name} is silent: its {len(waveform_S)} samples are all zero")
+        elif num_frames(i) < 1:
+            yield Problem(sentence=f"utterance {name} has {num_samples} samples, too few for a frame", fatal=False)
 
 
 def check_corpus(corpus: Corpus, indices: Sequence[int]) -> Iterator[Problem]:
@@ -73,10 +94,10 @@ def check_label_set(corpus: Corpus, labels: LabelStore, *, frame_period_s: float
 
 
 def check_labels(
-    corpus: Corpus, labels: LabelStore, indices: Sequence[int], *, frame_period_s: float, stack: int
+    corpus: Corpus, labels: LabelStore, indices: Sequence[int], *, frame_period_s: float, num_frames: NumFrames
 ) -> Iterator[Problem]:
     """Checks labels of the chosen utterances against their features: missing, of another length, constant, out of range."""
-    used = np.zeros(labels.num_clusters, dtype=bool)
+    used, num_labels = np.zeros(labels.num_clusters, dtype=bool), 0
     for i in indices:
         name = corpus.utterance(i).id
         try:
@@ -84,9 +105,8 @@ def check_labels(
         except ValueError:
             yield Problem(sentence=f"utterance {name} has no labels in {labels.name}")
             continue
-        num_frames = -(-int(corpus.num_frames[i]) // stack)
         try:
-            align_labels(values, label_period_s=labels.frame_period_s, frame_period_s=frame_period_s, num_frames=num_frames)
+            align_labels(values, label_period_s=labels.frame_period_s, frame_period_s=frame_period_s, num_frames=num_frames(i))
         except ValueError as error:
             yield Problem(sentence=f"utterance {name}: {error}")
             continue
@@ -99,13 +119,14 @@ def check_labels(
         if len(values) >= MIN_CONSTANT_FRAMES and (values == values[0]).all():
             yield Problem(sentence=f"utterance {name}: all its {len(values)} labels are {int(values[0])}")
         used[values] = True
-    yield from _dead_clusters(labels, used, sum(int(corpus.num_frames[i]) for i in indices))
+        num_labels += len(values)
+    yield from _dead_clusters(labels, used, num_labels)
 
 
-def _dead_clusters(labels: LabelStore, used: np.ndarray, num_frames: int) -> Iterator[Problem]:
-    """Judged only where there are enough frames to have met every cluster (20 for each)."""
+def _dead_clusters(labels: LabelStore, used: np.ndarray, num_labels: int) -> Iterator[Problem]:
+    """Judged only where there are enough labels to have met every cluster (20 for each)."""
     dead = np.flatnonzero(~used)
-    if num_frames < 20 * labels.num_clusters or len(dead) <= DEAD_SHARE_WARNED * labels.num_clusters:
+    if num_labels < 20 * labels.num_clusters or len(dead) <= DEAD_SHARE_WARNED * labels.num_clusters:
         return
     yield Problem(
         sentence=f"{len(dead)} of the {labels.num_clusters} clusters of {labels.name} are dead: no frame has them "
@@ -119,7 +140,8 @@ def examine(
     labels: LabelStore | None,
     *,
     frame_period_s: float,
-    stack: int,
+    stack: int = 1,
+    waveform_frames: Callable[[int], int] | None = None,
     max_seconds: float | None = None,
     seed: int = 0,
 ) -> list[Problem]:
@@ -130,20 +152,27 @@ def examine(
         labels: Its targets, if any.
         frame_period_s: Seconds between the model's frames.
         stack: Stored frames in one frame of the model.
+        waveform_frames: For models that read waveforms: samples to frames. Then the sound is looked at, not the features.
         max_seconds: Look at a random sample for at most this long; None looks at everything.
         seed: Chooses the sample.
     """
     order = np.arange(len(corpus)) if max_seconds is None else np.random.default_rng(seed).permutation(len(corpus))
     problems = [] if labels is None else list(check_label_set(corpus, labels, frame_period_s=frame_period_s))
-    started, block, seen = time.monotonic(), 256, []
+    started, block, seen = time.monotonic(), 256 if waveform_frames is None else 16, []
     if len(corpus) == 0:
         return list(check_corpus(corpus, []))
+
+    def num_frames(i: int) -> int:
+        if waveform_frames is not None:
+            return waveform_frames(int(corpus.num_samples[i]))
+        return -(-int(corpus.num_frames[i]) // stack)
+
     for first in range(0, len(order), block):
         part = order[first : first + block].tolist()
-        problems += check_corpus(corpus, part)
+        problems += check_corpus(corpus, part) if waveform_frames is None else check_waveforms(corpus, part, num_frames)
         seen += part
         if max_seconds is not None and time.monotonic() - started > max_seconds / 2:
             break
     if labels is not None and not any(problem.fatal for problem in problems):
-        problems += check_labels(corpus, labels, seen, frame_period_s=frame_period_s, stack=stack)
+        problems += check_labels(corpus, labels, seen, frame_period_s=frame_period_s, num_frames=num_frames)
     return problems

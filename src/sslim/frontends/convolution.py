@@ -5,8 +5,8 @@ Frames are rows here, (B, T, C), and a convolution of stride s is a few matrix p
 
 The group norm of the first layer (one group for each channel, over time) is folded into that layer's weights. The mean and
 variance of a linear map's outputs follow from the mean and covariance of its inputs, a few numbers for each utterance:
-``mean(w x) = w mean(x)`` and ``var(w x) = w cov(x) w'``. So its statistics cover exactly the valid frames, whatever an utterance
-is batched with, and no pass over the widest activations is needed.
+``mean(w x) = w mean(x)`` and ``var(w x) = w cov(x) w'``. So its statistics cover exactly the valid frames, whatever an
+utterance is batched with, and no pass over the widest activations is needed.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class ConvLayer(nn.Module):
 
 
 def _product(x_BTK: Tensor, matrix: Tensor, added: Tensor | None) -> Tensor:
-    """Returns ``x @ matrix + added``; (K, C) matrices serve all rows, (B, K, C) ones a row each. Added: (C,), (B, 1, C) or (B, T, C)."""
+    """Returns ``x @ matrix + added``: (K, C) matrices serve all rows, (B, K, C) ones a row each; ``added`` broadcasts."""
     if matrix.dim() == 3:
         return x_BTK @ matrix if added is None else torch.baddbmm(added, x_BTK, matrix)
     if len(x_BTK) == 1:  # a view of one row needs no copy, whatever its stride
@@ -115,7 +115,9 @@ def _product(x_BTK: Tensor, matrix: Tensor, added: Tensor | None) -> Tensor:
 
 
 def coarse_num_frames(lengths_B: Tensor, num_samples: int, num_frames: int) -> Tensor:
-    """Returns the frames that fairseq's HuBERT counts as real: those of ``num_samples // num_frames`` samples with any real one.
+    """Returns the frames that fairseq's HuBERT counts as real: those whose chunk of samples has any real one.
+
+    A chunk has ``num_samples // num_frames`` samples, less than a frame sees.
 
     Args:
         lengths_B: Valid samples.
@@ -218,7 +220,7 @@ class ConvFrontend(nn.Module):
         return Padded(values=zero_padding(values, frames_B), lengths=frames_B)
 
     def _weights(self, waveform_BS: Tensor, covered_B: Tensor) -> list[tuple[list[Tensor], Tensor | None]]:
-        """Matrices and bias of every layer; those of a group norm's layer are a set for each row, (B, taps, C') and (B, 1, C')."""
+        """Matrices and bias of every layer; with a group norm the first has a set for each row, (B, taps, C') and (B, 1, C')."""
         layers = [cast(ConvLayer, layer) for layer in self.layers]
         weights: list[tuple[list[Tensor], Tensor | None]] = [(layer.matrices(layer.weight), layer.bias) for layer in layers]
         if layers[0].norm_kind == "group":

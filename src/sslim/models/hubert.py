@@ -8,7 +8,7 @@ symbols before them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from sslim.frontends import HUBERT_CONV_LAYERS, ConvFrontendConfig, ConvLayerConfig
 from sslim.models.speech import ModelConfig, ProjectionConfig
@@ -24,6 +24,34 @@ NUM_CODEWORDS = 504
 def narrow_conv_layers(channels: int) -> tuple[ConvLayerConfig, ...]:
     """HuBERT's seven convolutions (400 samples every 320) with other widths."""
     return tuple(ConvLayerConfig(channels=channels, kernel=c.kernel, stride=c.stride) for c in HUBERT_CONV_LAYERS)
+
+
+def _head_dim(dim: int, num_heads: int) -> int:
+    if dim % num_heads:
+        raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+    return dim // num_heads
+
+
+def _heads(num_clusters: int, codeword_dim: int, dim: int) -> dict[str, HeadConfig]:
+    codewords = CodewordHeadConfig(num_clusters=num_clusters, codeword_dim=codeword_dim)
+    return {HEAD: codewords, MASK: MaskEmbeddingConfig(dim=dim)}
+
+
+def _encoder(placement: Literal["post", "pre"], **settings: Any) -> EncoderConfig:
+    return EncoderConfig(norm_placement=placement, input_norm=placement == "post", final_norm=placement == "pre", **settings)
+
+
+def _frontend(
+    layers: tuple[ConvLayerConfig, ...], norm: Literal["group", "layer"], bias: bool, normalize: bool, gradient_scale: float
+) -> ConvFrontendConfig:
+    return ConvFrontendConfig(
+        layers=layers,
+        norm=norm,
+        bias=bias,
+        normalize_waveform=normalize,
+        gradient_scale=gradient_scale,
+        reference_mask="coarse",
+    )
 
 
 def hubert(
@@ -72,37 +100,20 @@ def hubert(
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``.
     """
-    if dim % num_heads:
-        raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
-    heads: dict[str, HeadConfig] = {}
-    if num_clusters is not None:
-        heads[HEAD] = CodewordHeadConfig(num_clusters=num_clusters, codeword_dim=codeword_dim)
-        heads[MASK] = MaskEmbeddingConfig(dim=dim)
-    return ModelConfig(
-        family="hubert",
-        frontend=ConvFrontendConfig(
-            layers=conv_layers,
-            norm=conv_norm,
-            bias=conv_bias,
-            normalize_waveform=normalize_waveform,
-            gradient_scale=gradient_scale,
-            reference_mask="coarse",
-        ),
-        projection=ProjectionConfig(feature_dim=conv_layers[-1].channels, norm=True),
-        encoder=EncoderConfig(
-            dim=dim,
-            **plain_blocks(num_layers, num_heads, dim // num_heads, feedforward_dim),
-            positions=ConvPositionsConfig(kernel_size=conv_kernel_size, groups=conv_groups),
-            norm_placement=norm_placement,
-            input_norm=norm_placement == "post",
-            final_norm=norm_placement == "pre",
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            activation_dropout=activation_dropout,
-            layer_drop=layer_drop,
-        ),
-        heads=heads,
+    encoder = _encoder(
+        norm_placement,
+        dim=dim,
+        **plain_blocks(num_layers, num_heads, _head_dim(dim, num_heads), feedforward_dim),
+        positions=ConvPositionsConfig(kernel_size=conv_kernel_size, groups=conv_groups),
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        activation_dropout=activation_dropout,
+        layer_drop=layer_drop,
     )
+    frontend = _frontend(conv_layers, conv_norm, conv_bias, normalize_waveform, gradient_scale)
+    heads = {} if num_clusters is None else _heads(num_clusters, codeword_dim, dim)
+    projection = ProjectionConfig(feature_dim=conv_layers[-1].channels, norm=True)
+    return ModelConfig(family="hubert", frontend=frontend, projection=projection, encoder=encoder, heads=heads)
 
 
 def hubert_large() -> ModelConfig:

@@ -1,8 +1,23 @@
 """Training objectives: each owns its masking and its head, and calls the model in steps."""
 
+from sslim.objectives.distillation import Distillation, DistillationConfig, heads_for, start_maps_as_identity
 from sslim.objectives.masked_prediction import MaskedPrediction, MaskedPredictionConfig
 from sslim.objectives.masking import MaskingConfig, span_mask
+from sslim.objectives.teacher import TargetConfig, Teacher, model_digest
 
-OBJECTIVES = {"masked_prediction": MaskedPrediction}
+OBJECTIVES = {"masked_prediction": MaskedPrediction, "distillation": Distillation}
 
-__all__ = ["OBJECTIVES", "MaskedPrediction", "MaskedPredictionConfig", "MaskingConfig", "span_mask"]
+__all__ = [
+    "OBJECTIVES",
+    "Distillation",
+    "DistillationConfig",
+    "MaskedPrediction",
+    "MaskedPredictionConfig",
+    "MaskingConfig",
+    "TargetConfig",
+    "Teacher",
+    "heads_for",
+    "model_digest",
+    "span_mask",
+    "start_maps_as_identity",
+]

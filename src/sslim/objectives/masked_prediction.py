@@ -1,8 +1,11 @@
-"""Masked prediction of cluster ids (HuBERT, Hsu et al. 2021, section II-B; MelHuBERT's plain cross-entropy form)."""
+"""Masked prediction of cluster ids: HuBERT's codewords (Hsu et al. 2021, section II) or MelHuBERT's linear head.
+
+What is fixed (spectral features, masks, weights) is computed in ``prepare``. A convolutional front-end is trained, so it runs
+in ``forward``, under autocast and compiled like the rest.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -11,10 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslim.batch import IGNORED_LABEL, Batch, Padded, StepOutput, valid_mask
+from sslim.frontends import ConvFrontend
 from sslim.models import SpeechModel
+from sslim.nn.dropout import dropout
+from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig, MaskEmbeddingConfig
 from sslim.objectives.masking import MaskingConfig, span_mask
 
 HEAD = "masked_prediction"
+MASK = "mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +32,18 @@ class MaskedPredictionConfig:
         masking: Which frames are hidden.
         masked_weight: Weight of the mean cross-entropy over masked frames (``pred_masked_weight``).
         unmasked_weight: Weight of the mean over the other real frames (``pred_nomask_weight``).
-        mask_at: Hide frames in the ``features`` or after the ``projection`` (``mask_before_proj``).
+        mask_at: Hide frames in the ``features`` or after the ``projection`` (``mask_before_proj``; HuBERT does the latter).
+        feature_penalty: Weight of the mean square of a convolutional front-end's output over real frames (fairseq's
+            ``loss_weights``, 10 for HuBERT).
+        input_dropout: Dropout after the projection, before frames are hidden (``dropout_input``).
     """
 
     masking: MaskingConfig = MaskingConfig()
     masked_weight: float = 1.0
     unmasked_weight: float = 0.0
     mask_at: Literal["features", "projection"] = "features"
+    feature_penalty: float = 0.0
+    input_dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +51,13 @@ class PreparedMaskedPrediction:
     """A micro-batch with its mask drawn.
 
     Attributes:
-        features: Front-end output.
+        inputs: What enters the trained part: features (B, T, F), or samples (B, S) where the front-end is trained.
         labels_BT: Targets, ``IGNORED_LABEL`` where there is none.
         mask_BT: True where hidden.
         weights: Frames that each loss term covers.
     """
 
-    features: Padded
+    inputs: Padded
     labels_BT: Tensor
     mask_BT: Tensor
     weights: dict[str, Tensor]
@@ -55,77 +67,105 @@ class MaskedPrediction(nn.Module):
     """Objective: predict the cluster of every hidden frame from what is left.
 
     Args:
-        model: Model with a cluster head named ``masked_prediction``.
+        model: Model with a head ``masked_prediction`` (clusters or codewords), and maybe a head ``mask`` whose vector replaces
+            hidden frames; zeros do without.
         config: Settings.
+
+    Raises:
+        ValueError: The heads do not fit, or a setting needs a convolutional front-end that the model does not have.
     """
 
     def __init__(self, model: SpeechModel, config: MaskedPredictionConfig) -> None:
         super().__init__()
-        if HEAD not in model.config.heads:
+        head = model.config.heads.get(HEAD)
+        if head is None:
             raise ValueError(f"the model has no head {HEAD!r}; its heads are {sorted(model.config.heads) or 'none'}")
-        self.model, self.config = model, config
-        width = model.config.heads[HEAD].mask_embedding_dim
+        if not isinstance(head, ClusterHeadConfig | CodewordHeadConfig):
+            raise ValueError(f"the head {HEAD!r} is of kind {head.kind!r}; masked prediction needs 'clusters' or 'codewords'")
+        self.model, self.config, self.num_clusters = model, config, head.num_clusters
+        self.trains_frontend = isinstance(model.frontend, ConvFrontend)
+        if config.feature_penalty and not self.trains_frontend:
+            raise ValueError(f"feature_penalty {config.feature_penalty:g} needs a convolutional front-end: set it to 0")
+        mask = model.config.heads.get(MASK)
         expected = model.config.projection.feature_dim if config.mask_at == "features" else model.config.encoder.dim
-        if width is not None and width != expected:
-            raise ValueError(f"the mask embedding has width {width}, masking at the {config.mask_at} needs {expected}")
-
-    @property
-    def num_clusters(self) -> int:
-        return self.model.config.heads[HEAD].num_clusters
+        if isinstance(mask, MaskEmbeddingConfig) and mask.dim != expected:
+            raise ValueError(f"the mask embedding has width {mask.dim}, masking at the {config.mask_at} needs {expected}")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recomputes block activations in the backward pass instead of keeping them."""
         self.model.encoder.gradient_checkpointing = enabled
 
-    def features_of(self, batch: Batch) -> Padded:
-        """Front-end output of a batch; without gradient unless it holds waveforms."""
-        frontend = self.model.frontend
-        if batch.is_waveform:
-            return frontend(batch.inputs.float(), batch.lengths)  # type: ignore[misc]
-        inputs = Padded(values=batch.inputs.float(), lengths=batch.lengths)
-        return inputs if frontend is None else frontend.finish(inputs)
-
     def prepare(self, batch: Batch, generator: torch.Generator) -> PreparedMaskedPrediction:
-        """Computes features and draws the mask.
+        """Computes what is fixed of the features and draws the mask.
 
         Raises:
-            ValueError: No labels, labels of another length than the features, or a label the head does not have.
+            ValueError: No labels, labels of another length than the features, a label the head does not have, or stored
+                features for a model that reads waveforms.
         """
         if batch.labels is None:
             raise ValueError("masked prediction needs labels: make some with `sslim cluster` and name them with --labels")
-        features = self.features_of(batch)
-        num_frames = features.values.shape[1]
+        inputs = self._inputs(batch)
+        num_frames, lengths_B = self._num_frames(inputs)
         if batch.labels.shape[1] != num_frames:
             raise ValueError(
                 f"labels of {batch.ids[0]} and others have {batch.labels.shape[1]} frames, the features have {num_frames}"
             )
         if int(batch.labels.max()) >= self.num_clusters:
             raise ValueError(f"label {int(batch.labels.max())} found, but the head has {self.num_clusters} clusters")
-        mask_BT = span_mask(features.lengths.cpu(), num_frames, self.config.masking, generator).to(features.values.device)
-        real_BT = valid_mask(features.lengths, num_frames) & (batch.labels != IGNORED_LABEL)
+        mask_BT = span_mask(lengths_B.cpu(), num_frames, self.config.masking, generator).to(batch.labels.device)
+        real_BT = valid_mask(lengths_B, num_frames) & (batch.labels != IGNORED_LABEL)
         weights = {"masked": (real_BT & mask_BT).sum(), "unmasked": (real_BT & ~mask_BT).sum()}
+        if self.config.feature_penalty:
+            weights["features"] = lengths_B.sum()
         labels_BT = batch.labels.masked_fill(~real_BT, IGNORED_LABEL)
-        return PreparedMaskedPrediction(features=features, labels_BT=labels_BT, mask_BT=mask_BT, weights=weights)
+        return PreparedMaskedPrediction(inputs=inputs, labels_BT=labels_BT, mask_BT=mask_BT, weights=weights)
+
+    def _inputs(self, batch: Batch) -> Padded:
+        """What of the batch enters :meth:`forward`: features without gradient, or samples."""
+        frontend, inputs = self.model.frontend, Padded(values=batch.inputs.float(), lengths=batch.lengths)
+        if self.trains_frontend:
+            if not batch.is_waveform:
+                raise ValueError("the model's front-end takes waveforms, and the batch holds stored features")
+            return inputs
+        if batch.is_waveform:
+            with torch.no_grad():
+                return cast(Padded, frontend(inputs.values, inputs.lengths))  # type: ignore[misc]
+        return inputs if frontend is None else frontend.finish(inputs)
+
+    def _num_frames(self, inputs: Padded) -> tuple[int, Tensor]:
+        """Frames T of the padded batch and (B,) real frames, by arithmetic where nothing is computed yet."""
+        if not self.trains_frontend:
+            return inputs.values.shape[1], inputs.lengths
+        frontend = cast(ConvFrontend, self.model.frontend)
+        return frontend.num_frames(inputs.values.shape[1]), cast(Tensor, frontend.num_frames(inputs.lengths))  # type: ignore[arg-type]
+
+    def features_of(self, inputs: Padded) -> Padded:
+        """Front-end output of prepared inputs, with gradients where the front-end is trained."""
+        return cast(ConvFrontend, self.model.frontend)(inputs.values, inputs.lengths) if self.trains_frontend else inputs
 
     def logits(self, features: Padded, mask_BT: Tensor | None) -> Tensor:
         """Returns (B, T, K) for features with the frames of ``mask_BT`` hidden (none when it is None)."""
-        head = self.model.heads[HEAD]
-        hidden = 0.0 if head.mask_embedding is None else cast(Tensor, head.mask_embedding)
         at_features = self.config.mask_at == "features"
         if mask_BT is not None and at_features:
-            features = Padded(values=_hide(features.values, mask_BT, hidden), lengths=features.lengths)
+            features = Padded(values=self._hide(features.values, mask_BT), lengths=features.lengths)
         embedded = self.model.embed(features)
-        values = embedded.values
+        values = dropout(embedded.values, self.config.input_dropout, self.training)
         if mask_BT is not None and not at_features:
-            values = _hide(values, mask_BT, hidden)
-        return head(self.model.encoder(values, embedded.lengths).final)
+            values = self._hide(values, mask_BT)
+        return self.model.heads[HEAD](self.model.encoder(values, embedded.lengths).final)
+
+    def _hide(self, x_BTF: Tensor, mask_BT: Tensor) -> Tensor:
+        if MASK in self.model.heads:
+            return self.model.heads[MASK](x_BTF, mask_BT)
+        return x_BTF.masked_fill(mask_BT[..., None], 0.0)
 
     def forward(self, prepared: PreparedMaskedPrediction, totals: dict[str, Tensor]) -> StepOutput:
         """Loss over this micro-batch's share of the frames that ``totals`` counts over the whole step.
 
         All frames go through the head, so shapes are static for ``torch.compile`` and unmasked accuracy costs nothing more.
         """
-        logits_BTK = self.logits(prepared.features, prepared.mask_BT).float()
+        features = self.features_of(prepared.inputs)
+        logits_BTK = self.logits(features, prepared.mask_BT).float()
         loss_BT = F.cross_entropy(logits_BTK.transpose(1, 2), prepared.labels_BT, reduction="none", ignore_index=IGNORED_LABEL)
         real_BT = prepared.labels_BT != IGNORED_LABEL
         parts = {"masked": real_BT & prepared.mask_BT, "unmasked": real_BT & ~prepared.mask_BT}
@@ -137,6 +177,10 @@ class MaskedPrediction(nn.Module):
             if coefficients[name]:
                 loss = loss + coefficients[name] * total / totals[name]
             metrics[f"{name}_loss"] = (total.detach(), prepared.weights[name])
+        if self.config.feature_penalty:  # padding is zero in the features, so the sum is over real frames
+            squares = features.values.float().square().mean(-1).sum()
+            loss = loss + self.config.feature_penalty * squares / totals["features"]
+            metrics["feature_square"] = (squares.detach(), prepared.weights["features"])
         metrics |= self._metrics(logits_BTK.detach(), prepared.labels_BT, parts)
         return StepOutput(loss=loss, metrics=metrics)
 
@@ -157,14 +201,5 @@ class MaskedPrediction(nn.Module):
         return metrics
 
 
-def _hide(x_BTF: Tensor, mask_BT: Tensor, value: Tensor | float) -> Tensor:
-    return torch.where(mask_BT[..., None], torch.as_tensor(value, dtype=x_BTF.dtype, device=x_BTF.device), x_BTF)
-
-
 def _entropy(p_K: Tensor) -> Tensor:
     return torch.special.entr(p_K).sum()
-
-
-def uniform_loss(num_clusters: int) -> float:
-    """Cross-entropy in nats of a guess that knows nothing."""
-    return math.log(num_clusters)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sslim.frontends import NormalizationConfig
+from sslim.frontends import NormalizationConfig, SpectralFrontendConfig
 from sslim.models.melhubert import melhubert
 from sslim.objectives import MaskedPredictionConfig, MaskingConfig
-from sslim.recipes.pretrain import DataConfig, PretrainRecipe
+from sslim.recipes.corpus_batches import DataConfig
+from sslim.recipes.pretrain import PretrainRecipe
 from sslim.training import OptimizerConfig, ScheduleConfig, TrainerConfig
 
 
@@ -53,7 +54,7 @@ def _small(
     frame can be hidden. Targets should be clusters of MFCC (`sslim cluster --mfcc`).
     """
     model = melhubert(**model_settings, dropout=0.0)  # type: ignore[arg-type]
-    assert model.frontend is not None
+    assert isinstance(model.frontend, SpectralFrontendConfig)
     frontend = replace(model.frontend, normalization=NormalizationConfig(kind="utterance", eps=1e-3))
     return PretrainRecipe(
         name=name,

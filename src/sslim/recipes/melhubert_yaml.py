@@ -16,10 +16,11 @@ from sslim.data.sources import Source
 from sslim.models import ModelConfig, ProjectionConfig
 from sslim.models.melhubert import melhubert, melhubert_frontend
 from sslim.nn.encoder import EncoderConfig, plain_blocks
-from sslim.nn.heads import ClusterHeadConfig
+from sslim.nn.heads import ClusterHeadConfig, HeadConfig, MaskEmbeddingConfig
 from sslim.nn.positions import ConvPositionsConfig
 from sslim.objectives import MaskedPredictionConfig, MaskingConfig
-from sslim.recipes.pretrain import DataConfig, PretrainRecipe
+from sslim.recipes.corpus_batches import DataConfig
+from sslim.recipes.pretrain import PretrainRecipe
 from sslim.training import OptimizerConfig, ScheduleConfig, TrainerConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_accurate": "gelu_tanh", "relu": "relu", "tanh": "tanh", "linear": "linear"}
@@ -85,18 +86,18 @@ def _model(m: dict[str, Any], source: Path) -> ModelConfig:
         raise ConfigError(f"{source}: unknown activation_fn {m['activation_fn']!r}{nearest(m['activation_fn'], ACTIVATIONS)}")
     if m["feat_emb_dim"] not in (40, 80):
         raise ConfigError(f"{source}: feat_emb_dim is {m['feat_emb_dim']!r}; it is 40 for 10 ms frames and 80 for 20 ms")
-    dim, heads, pre = int(m["encoder_embed_dim"]), int(m["encoder_attention_heads"]), bool(m["layer_norm_first"])
+    dim, num_heads, pre = int(m["encoder_embed_dim"]), int(m["encoder_attention_heads"]), bool(m["layer_norm_first"])
     feature_dim = int(m["feat_emb_dim"])
-    mask_dim = None
+    heads: dict[str, HeadConfig] = {"masked_prediction": ClusterHeadConfig(num_clusters=int(m["num_cluster"]))}
     if m["learnable_mask_emb"]:
-        mask_dim = feature_dim if m["mask_before_proj"] else dim
+        heads["mask"] = MaskEmbeddingConfig(dim=feature_dim if m["mask_before_proj"] else dim)
     return replace(
         melhubert(),
         frontend=melhubert_frontend(10 * feature_dim // 40),
         projection=ProjectionConfig(feature_dim=feature_dim, linear=feature_dim != dim),
         encoder=EncoderConfig(
             dim=dim,
-            **plain_blocks(int(m["encoder_layers"]), heads, dim // heads, int(m["encoder_ffn_embed_dim"])),
+            **plain_blocks(int(m["encoder_layers"]), num_heads, dim // num_heads, int(m["encoder_ffn_embed_dim"])),
             positions=ConvPositionsConfig(kernel_size=int(m["conv_pos"]), groups=int(m["conv_pos_groups"])),
             norm_placement="pre" if pre else "post",
             input_norm=not pre,
@@ -107,7 +108,7 @@ def _model(m: dict[str, Any], source: Path) -> ModelConfig:
             activation_dropout=_number(m["activation_dropout"], "activation_dropout"),
             layer_drop=_number(m["encoder_layerdrop"], "encoder_layerdrop"),
         ),
-        heads={"masked_prediction": ClusterHeadConfig(num_clusters=int(m["num_cluster"]), mask_embedding_dim=mask_dim)},
+        heads=heads,
     )
 
 

@@ -7,48 +7,39 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sslim import __version__
 from sslim.checkpoints import load_model, save_model
 from sslim.config import from_plain, nearest, read_json, to_plain
-from sslim.data.batching import BatchingConfig, BatchPlan, CorpusBatches, FrameFacts
 from sslim.data.corpus import Corpus
 from sslim.data.doctor import examine
 from sslim.data.labels import LabelStore
+from sslim.frontends import SpectralFrontendConfig
 from sslim.models import ModelConfig, SpeechModel, build_model, with_head
+from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig
 from sslim.objectives import MaskedPrediction, MaskedPredictionConfig
+from sslim.recipes.corpus_batches import DataConfig, frame_facts, make_batches, split_utterances
 from sslim.training import SENTINELS, Trainer, TrainerConfig, TrainingResult, join_processes
 
 HEAD = "masked_prediction"
-HELD_OUT_SPLITS = ("dev", "test", "valid", "validation")
+MASK = "mask"
 CHECK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which utterances are trained on and how they are put together.
+class TargetsConfig:
+    """What is clustered before an iteration of pre-training.
 
     Attributes:
-        batch_s: Seconds of audio in a micro-batch, padding included; None leaves it to ``max_utterances`` whole crops.
-        max_utterances: Utterances in a micro-batch at most.
-        crop_s: Longer utterances are cut to this, at a random place in every epoch; None keeps them whole.
-        min_s: Shorter utterances are left out.
-        max_s: Longer utterances are left out.
-        train_splits: Splits to train on; None is all but dev, test and validation.
-        valid_split: Split to validate on; None is dev or valid(ation) where there is one.
-        valid_share: Share of the training utterances held out for validation when no such split exists.
+        num_clusters: K.
+        layer: Layer of the model of the iteration before, from 1; None for MFCC made from the corpus's log filterbank features.
+        steps: Updates of the iteration that is trained on them; None for the recipe's own length.
     """
 
-    batch_s: float | None = 60.0
-    max_utterances: int | None = None
-    crop_s: float | None = 15.0
-    min_s: float = 0.0
-    max_s: float | None = None
-    train_splits: tuple[str, ...] | None = None
-    valid_split: str | None = None
-    valid_share: float = 0.02
+    num_clusters: int = 100
+    layer: int | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +53,7 @@ class PretrainRecipe:
         objective: What is learnt.
         training: Optimiser, schedule, length.
         data: Batches.
+        targets: What to cluster before each iteration, where several are asked for.
     """
 
     name: str
@@ -70,107 +62,34 @@ class PretrainRecipe:
     objective: MaskedPredictionConfig
     training: TrainerConfig
     data: DataConfig = DataConfig()
-
-
-def _chosen(corpus: Corpus, wanted: Callable[[str | None], bool]) -> np.ndarray:
-    splits = corpus.column("split")
-    return np.array([i for i, split in enumerate(splits) if wanted(split)], dtype=np.int64)
-
-
-def split_utterances(corpus: Corpus, data: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the corpus indices to train and to validate on; validation may be empty.
-
-    Raises:
-        ValueError: A named split does not exist, or nothing is left to train on.
-    """
-    names = sorted({split for split in corpus.column("split") if split})
-    for split in (*(data.train_splits or ()), *([data.valid_split] if data.valid_split else [])):
-        if split not in names:
-            raise ValueError(f"corpus {corpus.name} has no split {split!r}; it has {names or 'none'}")
-    valid_split = data.valid_split or next((name for name in ("dev", "valid", "validation") if name in names), None)
-    if data.train_splits is not None:
-        train = _chosen(corpus, lambda split: split in data.train_splits)  # type: ignore[operator]
-    else:
-        held_out_splits = {*HELD_OUT_SPLITS, valid_split} - {None}
-        train = _chosen(corpus, lambda split: split not in held_out_splits)
-    if valid_split is not None:
-        valid = _chosen(corpus, lambda split: split == valid_split)
-    else:
-        order = np.random.default_rng([seed, 1]).permutation(len(train))
-        least = 1 if data.valid_share and len(train) >= 10 else 0
-        held_out = np.sort(order[: max(least, int(data.valid_share * len(train)))])
-        valid, train = train[held_out], np.delete(train, held_out)
-    duration_s = corpus.num_frames * corpus.base_frame_shift_s
-    keep = duration_s[train] > data.min_s
-    if data.max_s is not None:
-        keep &= duration_s[train] < data.max_s
-    train = train[keep]
-    if len(train) == 0:
-        raise ValueError(
-            f"no utterance of corpus {corpus.name} is left to train on: check splits, min_s {data.min_s} and max_s"
-        )
-    return train, valid
-
-
-def _frames(seconds: float, facts: FrameFacts) -> int:
-    """Stored units in ``seconds``, a whole number of the model's frames."""
-    return max(1, round(seconds / facts.unit_s / facts.hop)) * facts.hop
-
-
-def make_batches(
-    corpus: Corpus,
-    labels: LabelStore,
-    utterances: np.ndarray,
-    model: SpeechModel,
-    data: DataConfig,
-    seed: int,
-    *,
-    shuffle: bool,
-) -> CorpusBatches:
-    """Plans micro-batches over the chosen utterances."""
-    assert model.frontend is not None
-    facts = FrameFacts.of_features(model.frontend)
-    lengths = corpus.num_frames[utterances]
-    crop = None if data.crop_s is None else _frames(data.crop_s, facts)
-    longest = int(lengths.max()) if crop is None else min(crop, int(lengths.max()))
-    budget = longest * (data.max_utterances or 1) if data.batch_s is None else max(_frames(data.batch_s, facts), longest)
-    config = BatchingConfig(
-        max_frames_per_batch=budget,
-        max_utterances=data.max_utterances,
-        max_length=crop,
-        crop_multiple=facts.hop,
-        shuffle=shuffle,
-    )
-    return CorpusBatches(corpus, BatchPlan(lengths, config, seed=seed), facts, labels=labels, utterances=utterances)
-
-
-def _check_frontend(model: SpeechModel, corpus: Corpus) -> None:
-    if model.frontend is None or corpus.frontend_config is None:
-        raise ValueError(f"corpus {corpus.name} holds no features that this model could train on")
-    stored, needed = to_plain(corpus.frontend_config.features), to_plain(model.frontend.config.features)
-    for key in sorted(set(stored) | set(needed)):
-        if stored.get(key) != needed.get(key):
-            raise ValueError(
-                f"corpus {corpus.name} was prepared with {key}={stored.get(key)!r}, the model takes {key}={needed.get(key)!r}"
-            )
+    targets: tuple[TargetsConfig, ...] = ()
 
 
 def _check_labels(corpus: Corpus, labels: LabelStore, model: SpeechModel) -> list[str]:
     """Looks at a sample for half a second; returns notes, raises on what would waste the run."""
     assert model.frontend is not None
+    facts = frame_facts(corpus, model)
     problems = examine(
-        corpus, labels, frame_period_s=model.frontend.frame_shift_s, stack=model.frontend.stack, max_seconds=CHECK_SECONDS
+        corpus,
+        labels,
+        frame_period_s=facts.frame_period_s,
+        stack=facts.hop,
+        waveform_frames=facts.num_frames if facts.is_waveform else None,
+        max_seconds=CHECK_SECONDS,
     )
     fatal = [problem.sentence for problem in problems if problem.fatal]
     if fatal:
         raise ValueError(f"{fatal[0]} (`sslim doctor` lists all {len(fatal)} problems found)" if len(fatal) > 1 else fatal[0])
-    return [problem.sentence for problem in problems]
+    notes = [problem.sentence for problem in problems]
+    if facts.is_waveform and isinstance(model.config.frontend, SpectralFrontendConfig):
+        notes.append(f"the features of corpus {corpus.name} are not the model's: they are computed from its waveforms")
+    return notes
 
 
-def _without_statistics(config: ModelConfig) -> ModelConfig:
+def without_statistics(config: ModelConfig) -> ModelConfig:
     """A recipe read from a run names the statistics of that run's corpus, but does not hold them."""
     frontend = config.frontend
-    if frontend is None:
+    if not isinstance(frontend, SpectralFrontendConfig):
         return config
     return replace(config, frontend=replace(frontend, normalization=replace(frontend.normalization, statistics=None)))
 
@@ -187,26 +106,45 @@ def initial_model(
         ValueError: The kept head is for another number of clusters; features do not fit; statistics are missing.
     """
     generator = torch.Generator().manual_seed(recipe.training.seed)
-    head = replace(recipe.model.heads[HEAD], num_clusters=labels.num_clusters)
+    head = replace(_prediction_head(recipe.model, f"recipe {recipe.name}"), num_clusters=labels.num_clusters)
     if init_from is None:
-        model = build_model(_without_statistics(replace(recipe.model, heads={**recipe.model.heads, HEAD: head})), generator)
+        model = build_model(without_statistics(replace(recipe.model, heads={**recipe.model.heads, HEAD: head})), generator)
     else:
         model = load_model(init_from)
         old = model.config.heads.get(HEAD)
-        if keep_head and (old is None or old.num_clusters != labels.num_clusters):
-            found = "no head" if old is None else f"a head for {old.num_clusters} clusters"
-            raise ValueError(f"{init_from} has {found}, the labels have {labels.num_clusters}: leave out --keep-head")
-        if not keep_head:
-            head = replace(head, mask_embedding_dim=old.mask_embedding_dim if old else head.mask_embedding_dim)
+        if keep_head:
+            found = "no head" if old is None else f"a head for {getattr(old, 'num_clusters', 'no')} clusters"
+            if getattr(old, "num_clusters", None) != labels.num_clusters:
+                raise ValueError(f"{init_from} has {found}, the labels have {labels.num_clusters}: leave out --keep-head")
+        else:
             model = with_head(model, HEAD, head, generator, replace_existing=True)
-    _check_frontend(model, corpus)
-    assert model.frontend is not None
-    if model.frontend.config.normalization.kind == "global" and model.frontend.statistics_source is None:
-        if corpus.statistics is None:
-            raise ValueError(f"corpus {corpus.name} has no mean and standard deviation; prepare it again")
-        mean, std, source = corpus.statistics
-        model.set_statistics(torch.as_tensor(mean), torch.as_tensor(std), source=source)
+        if MASK in recipe.model.heads and MASK not in model.config.heads:
+            model = with_head(model, MASK, recipe.model.heads[MASK], generator)
+    give_statistics(model, corpus)
     return model
+
+
+def _prediction_head(config: ModelConfig, owner: str) -> ClusterHeadConfig | CodewordHeadConfig:
+    head = config.heads.get(HEAD)
+    if not isinstance(head, ClusterHeadConfig | CodewordHeadConfig):
+        raise ValueError(f"{owner} has no head {HEAD!r} of kind 'clusters' or 'codewords'")
+    return head
+
+
+def give_statistics(model: SpeechModel, corpus: Corpus) -> None:
+    """Gives a front-end that has none the mean and standard deviation of the corpus, where these are of its own features."""
+    facts, frontend = frame_facts(corpus, model), model.frontend
+    assert frontend is not None
+    normalization = getattr(frontend.config, "normalization", None)
+    if normalization is None or normalization.kind != "global" or frontend.statistics_source is not None:
+        return
+    if corpus.statistics is None or facts.is_waveform:
+        reason = "" if corpus.statistics is None else " of the model's features"
+        raise ValueError(
+            f"corpus {corpus.name} has no mean and standard deviation{reason}; prepare it again with these features"
+        )
+    mean, std, source = corpus.statistics
+    model.set_statistics(torch.as_tensor(mean), torch.as_tensor(std), source=source)
 
 
 def _resolved(
@@ -270,8 +208,8 @@ def pretrain(
     with join_processes(recipe.training.device) as processes:
         say = say if processes.is_main else (lambda _: None)
         corpus = Corpus.open(corpus_folder)
-        labels = corpus.labels(_label_set(corpus, labels_name))
-        model = initial_model(recipe, corpus, labels, init_from=_model_folder(init_from), keep_head=keep_head)
+        labels = corpus.labels(label_set(corpus, labels_name))
+        model = initial_model(recipe, corpus, labels, init_from=model_folder(init_from), keep_head=keep_head)
         for note in _check_labels(corpus, labels, model):
             say(f"note: {note}")
         seed = recipe.training.seed
@@ -302,7 +240,12 @@ def pretrain(
     return result
 
 
-def _label_set(corpus: Corpus, name: str | None) -> str:
+def label_set(corpus: Corpus, name: str | None) -> str:
+    """Returns the label set to use: the one named, or the only one.
+
+    Raises:
+        ValueError: No such set, or several and none is named.
+    """
     names = corpus.label_names()
     if name is None and len(names) == 1:
         return names[0]
@@ -318,7 +261,7 @@ def _label_set(corpus: Corpus, name: str | None) -> str:
     return name
 
 
-def _model_folder(path: Path | None) -> Path | None:
+def model_folder(path: Path | None) -> Path | None:
     """A run folder stands for the model it holds."""
     if path is not None and (path / "run.json").exists():
         if not (path / "model").exists():

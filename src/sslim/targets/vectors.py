@@ -203,8 +203,7 @@ class LayerVectors:
         self._inputs = corpus_inputs(model, corpus, np.arange(len(corpus)))
         self._require_statistics(corpus)
         self.num_frames = num_model_frames(model, self._inputs)
-        config = None if frontend is None else frontend.config
-        self.frame_length_s = frame_length_s(config) if isinstance(config, SpectralFrontendConfig) else None
+        self.frame_length_s = None if frontend is None else frame_length_s(frontend.config)
         self.origin: dict[str, Any] = {"kind": "model", "layer": layer, "model_digest": model_digest(model)}
         self.statistics: dict[str, Tensor] = {}  # the model has its own
         self._max_padded = max(1, round(BATCH_S / self.frame_period_s))
@@ -213,7 +212,7 @@ class LayerVectors:
     def _require_statistics(self, corpus: Corpus) -> None:
         """Found out before hours are spent, by a frame of nothing."""
         frontend = self.model.frontend
-        if frontend is not None and len(corpus):
+        if frontend is not None and frontend.base_dim and len(corpus):
             device = next(self.model.parameters()).device
             values = torch.zeros(1, frontend.stack, frontend.base_dim, device=device)
             frontend.finish(Padded(values=values, lengths=torch.tensor([frontend.stack], device=device)))

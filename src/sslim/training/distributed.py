@@ -30,6 +30,14 @@ class Processes:
     world_size: int = 1
     local_rank: int = 0
 
+    @staticmethod
+    def of_environment() -> Processes:
+        """Tells who this process is from what ``torchrun`` sets; alone without it."""
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+        return Processes(rank=rank, world_size=world_size, local_rank=local_rank)
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and messages."""
@@ -133,11 +141,7 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     Args:
         device: As for ``pick_device``; CUDA uses NCCL, the CPU gloo.
     """
-    processes = Processes(
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    processes = Processes.of_environment()
     if processes.world_size == 1:
         yield processes
         return

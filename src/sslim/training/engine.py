@@ -76,6 +76,16 @@ class Engine:
         self.parameters = list(trained_parameters(objective).values())
         self._validation_totals: dict[str, Tensor] | None = None
 
+    @property
+    def advice(self) -> str | None:
+        """A sentence for the user about a setting that works but does not pay on this machine."""
+        if self.config.precision != "bf16" or self.device.type != "cpu":
+            return None
+        capability = torch.backends.cpu.get_cpu_capability()
+        if capability in ("DEFAULT", "AVX2"):
+            return f"this CPU ({capability}) computes bf16 in software, many times slower: precision fp32 is the better choice"
+        return None
+
     def begin(self) -> None:
         """Compiles, and gives all processes the same parameters; after these have been restored."""
         self.processes.copy_from_main(tensor.detach() for tensor in self.objective.state_dict().values())
@@ -106,6 +116,9 @@ class Engine:
             TrainingError: The GPU has not enough memory. (Going on without that micro-batch would change the step in silence.)
         """
         self.objective.train()
+        if hasattr(self.objective, "begin_step"):
+            shared = torch.Generator().manual_seed(derive_seed(self.config.seed, "step", step))
+            self.objective.begin_step(step, shared)  # type: ignore[operator]
         micro = [self.processes.rank + i * self.processes.world_size for i in range(len(batches))]
         losses, sums = [], Sums(self.device)
         try:

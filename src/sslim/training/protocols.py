@@ -31,8 +31,9 @@ class Objective(Protocol):
     totals to each ``forward``, whose loss is ``sum over terms of coefficient * sum_of_term / totals[term]``.
 
     ``prepare`` runs on the device without autocast; ``forward`` runs under autocast when bf16 is asked for and is what gets
-    compiled: layers that are trained belong there. An objective may also have ``set_gradient_checkpointing(enabled)``. A
-    frozen teacher keeps itself in eval mode (by overriding ``train``) and has ``requires_grad`` off, which keeps it out of
+    compiled: layers that are trained belong there. An objective may also have ``set_gradient_checkpointing(enabled)``, and
+    ``begin_step(step, generator)``, called before a training step with a generator that is the same on all processes. A frozen
+    teacher keeps itself in eval mode (by overriding ``train``) and has ``requires_grad`` off, which keeps it out of
     the optimiser.
     """
 

@@ -107,6 +107,8 @@ class Trainer:
             stack.callback(self.log.close)
             self.engine.begin()
             self.line.begin(self.state.step)
+            if self.engine.advice:
+                self.line.say(self.engine.advice)
             stack.callback(self.line.end)
             signal = self._loop()
             self._finish(interrupted=bool(signal))

@@ -1,0 +1,183 @@
+"""From a corpus to micro-batches for a model: which utterances, stored features or waveforms, seconds into stored units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sslim.config import to_plain
+from sslim.data.batching import BatchingConfig, BatchPlan, CorpusBatches, FrameFacts
+from sslim.data.corpus import Corpus
+from sslim.data.labels import LabelStore
+from sslim.models import SpeechModel
+from sslim.models.encoding import reads_stored_features
+
+HELD_OUT_SPLITS = ("dev", "test", "valid", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which utterances are trained on and how they are put together.
+
+    Attributes:
+        batch_s: Seconds of audio in a micro-batch, padding included; None leaves it to ``max_utterances`` whole crops.
+        max_utterances: Utterances in a micro-batch at most.
+        crop_s: Longer utterances are cut to this, at a random place in every epoch; None keeps them whole.
+        min_s: Shorter utterances are left out.
+        max_s: Longer utterances are left out.
+        train_splits: Splits to train on; None is all but dev, test and validation.
+        valid_split: Split to validate on; None is dev or valid(ation) where there is one.
+        valid_share: Share of the training utterances held out for validation when no such split exists.
+    """
+
+    batch_s: float | None = 60.0
+    max_utterances: int | None = None
+    crop_s: float | None = 15.0
+    min_s: float = 0.0
+    max_s: float | None = None
+    train_splits: tuple[str, ...] | None = None
+    valid_split: str | None = None
+    valid_share: float = 0.02
+
+
+def _chosen(corpus: Corpus, wanted: Callable[[str | None], bool]) -> np.ndarray:
+    splits = corpus.column("split")
+    return np.array([i for i, split in enumerate(splits) if wanted(split)], dtype=np.int64)
+
+
+def utterance_seconds(corpus: Corpus) -> np.ndarray:
+    """Returns (N,) the length of every utterance: its stored frames, or its samples where no features are stored."""
+    return corpus.num_frames * corpus.base_frame_shift_s if corpus.base_dim else corpus.num_samples / corpus.sample_rate
+
+
+def split_utterances(corpus: Corpus, data: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the corpus indices to train and to validate on; validation may be empty.
+
+    Raises:
+        ValueError: A named split does not exist, or nothing is left to train on.
+    """
+    names = sorted({split for split in corpus.column("split") if split})
+    for split in (*(data.train_splits or ()), *([data.valid_split] if data.valid_split else [])):
+        if split not in names:
+            raise ValueError(f"corpus {corpus.name} has no split {split!r}; it has {names or 'none'}")
+    valid_split = data.valid_split or next((name for name in ("dev", "valid", "validation") if name in names), None)
+    if data.train_splits is not None:
+        train = _chosen(corpus, lambda split: split in data.train_splits)  # type: ignore[operator]
+    else:
+        held_out_splits = {*HELD_OUT_SPLITS, valid_split} - {None}
+        train = _chosen(corpus, lambda split: split not in held_out_splits)
+    if valid_split is not None:
+        valid = _chosen(corpus, lambda split: split == valid_split)
+    else:
+        order = np.random.default_rng([seed, 1]).permutation(len(train))
+        least = 1 if data.valid_share and len(train) >= 10 else 0
+        held_out = np.sort(order[: max(least, int(data.valid_share * len(train)))])
+        valid, train = train[held_out], np.delete(train, held_out)
+    duration_s = utterance_seconds(corpus)
+    keep = duration_s[train] > data.min_s
+    if data.max_s is not None:
+        keep &= duration_s[train] < data.max_s
+    train = train[keep]
+    if len(train) == 0:
+        raise ValueError(
+            f"no utterance of corpus {corpus.name} is left to train on: check splits, min_s {data.min_s} and max_s"
+        )
+    return train, valid
+
+
+def frame_facts(corpus: Corpus, model: SpeechModel, *, waveforms: bool = False) -> FrameFacts:
+    """Tells what a model reads from a corpus: its stored features where they are the model's own, else waveforms.
+
+    Args:
+        corpus: The corpus.
+        model: Whose front-end decides.
+        waveforms: Read waveforms in any case.
+
+    Raises:
+        ValueError: The model has no front-end, or needs waveforms that the corpus does not have or has at another rate.
+    """
+    frontend = model.frontend
+    if frontend is None:
+        raise ValueError(f"corpus {corpus.name} holds no features that this model could train on")
+    if not waveforms and reads_stored_features(model, corpus):
+        return FrameFacts.of_features(frontend)
+    if corpus.sample_rate != frontend.sample_rate:
+        raise ValueError(
+            f"corpus {corpus.name} was prepared at {corpus.sample_rate} Hz, the model reads waveforms at "
+            f"{frontend.sample_rate} Hz: prepare it again at that rate"
+        )
+    if len(corpus) and corpus.utterance(0).audio is None:
+        raise ValueError(
+            f"corpus {corpus.name} holds features only, and the model needs waveforms ({_difference(corpus, model)}): "
+            "prepare it from audio"
+        )
+    return FrameFacts.of_waveform(frontend)
+
+
+def _difference(corpus: Corpus, model: SpeechModel) -> str:
+    """Why stored features will not do."""
+    assert model.frontend is not None
+    features = getattr(model.frontend.config, "features", None)
+    if features is None:
+        return "its front-end is learnt"
+    if corpus.frontend_config is None:
+        return "no features are stored"
+    stored, needed = to_plain(corpus.frontend_config.features), to_plain(features)
+    key = next(key for key in sorted(set(stored) | set(needed)) if stored.get(key) != needed.get(key))
+    return f"its features have {key}={stored.get(key)!r}, the model's {key}={needed.get(key)!r}"
+
+
+def _units(seconds: float, facts: FrameFacts) -> int:
+    """Stored units in ``seconds``, a whole number of the model's frames."""
+    return max(1, round(seconds / facts.unit_s / facts.hop)) * facts.hop
+
+
+def _shortest(facts: FrameFacts) -> int:
+    """Stored units that the first frame needs."""
+    return next(units for units in range(1, round(1 / facts.unit_s) + facts.hop + 1) if facts.num_frames(units) >= 1)
+
+
+def make_batches(
+    corpus: Corpus,
+    labels: LabelStore | None,
+    utterances: np.ndarray,
+    model: SpeechModel,
+    data: DataConfig,
+    seed: int,
+    *,
+    shuffle: bool,
+    facts: FrameFacts | None = None,
+) -> CorpusBatches:
+    """Plans micro-batches over the chosen utterances, of stored features or of waveforms (see :func:`frame_facts`).
+
+    Utterances shorter than one frame of the model are left out.
+
+    Args:
+        corpus: Where they come from.
+        labels: Targets; None for objectives without.
+        utterances: (U,) corpus indices.
+        model: Whose front-end decides what is read.
+        data: Lengths and sizes.
+        seed: Decides every order and every cut.
+        shuffle: False keeps one order for good (validation).
+        facts: What is read, where it is not the model alone that decides.
+
+    Raises:
+        ValueError: The corpus does not hold what the model needs, or no utterance is as long as a frame.
+    """
+    facts = facts or frame_facts(corpus, model)
+    lengths = (corpus.num_samples if facts.is_waveform else corpus.num_frames)[utterances]
+    crop = None if data.crop_s is None else _units(data.crop_s, facts)
+    longest = int(lengths.max()) if crop is None else min(crop, int(lengths.max()))
+    budget = longest * (data.max_utterances or 1) if data.batch_s is None else max(_units(data.batch_s, facts), longest)
+    config = BatchingConfig(
+        max_frames_per_batch=budget,
+        max_utterances=data.max_utterances,
+        max_length=crop,
+        min_length=_shortest(facts),
+        crop_multiple=facts.hop,
+        shuffle=shuffle,
+    )
+    return CorpusBatches(corpus, BatchPlan(lengths, config, seed=seed), facts, labels=labels, utterances=utterances)

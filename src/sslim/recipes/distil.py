@@ -1,0 +1,264 @@
+"""Distillation: the place where corpus, teacher, student, objective and trainer meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sslim import __version__
+from sslim.checkpoints import load_model, save_model
+from sslim.config import to_plain
+from sslim.data.batching import CorpusBatches, FrameFacts
+from sslim.data.corpus import Corpus
+from sslim.models import SpeechModel, build_model, with_head
+from sslim.models.encoding import reads_stored_features
+from sslim.objectives import Distillation, heads_for, model_digest, start_maps_as_identity
+from sslim.objectives.frame_alignment import align_frames
+from sslim.objectives.teacher_cache import CachedBatches, TeacherCache
+from sslim.objectives.teacher_init import init_from_teacher
+from sslim.recipes.corpus_batches import frame_facts, make_batches, split_utterances
+from sslim.recipes.distil_recipes import DistilRecipe
+from sslim.recipes.pretrain import give_statistics, model_folder, without_statistics
+from sslim.training import Processes, Trainer, TrainingResult, join_processes
+from sslim.training.distributed import pick_device
+
+MAY_CHANGE = ("sslim", "corpus.folder", "teacher.name", "student", "cache_teacher", "recipe.about")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTeacher:
+    """A teacher and what a run calls it.
+
+    Attributes:
+        model: The model.
+        name: Its path as given.
+    """
+
+    model: SpeechModel
+    name: str
+
+
+def load_teacher(path: Path) -> NamedTeacher:
+    """Loads a teacher: any model that ``load_model`` reads, or a run folder.
+
+    Raises:
+        ValueError: The run is not finished, or the model cannot be read.
+    """
+    folder = model_folder(path)
+    assert folder is not None
+    return NamedTeacher(model=load_model(folder), name=str(path))
+
+
+def initial_student(
+    recipe: DistilRecipe, teacher: SpeechModel, corpus: Corpus, student: SpeechModel | None
+) -> tuple[SpeechModel, list[str]]:
+    """Builds the recipe's student, or takes one that exists, and gives it the heads that the objective needs.
+
+    Heads that a loaded student has already (of the same description) are kept. Statistics come from the student, the teacher
+    (where its front-end is taken over), or the corpus.
+
+    Returns:
+        The student and notes on what it could not take over from the teacher.
+
+    Raises:
+        ValueError: Something that the recipe asks to be taken over does not fit.
+    """
+    generator = torch.Generator().manual_seed(recipe.training.seed)
+    model = build_model(without_statistics(recipe.model), generator) if student is None else student
+    dims = (model.config.encoder.dim, model.config.projection.feature_dim, teacher.config.encoder.dim)
+    kept = dict(model.config.heads) if student is not None else {}
+    for name, head in heads_for(recipe.objective, *dims).items():
+        model = with_head(model, name, head, generator)
+    if not any(name in kept for name in heads_for(recipe.objective, *dims)):
+        start_maps_as_identity(model, recipe.objective)
+    notes = init_from_teacher(model, teacher, recipe.init) if recipe.init is not None else []
+    give_statistics(model, corpus)
+    return model, notes
+
+
+def shared_facts(corpus: Corpus, student: SpeechModel, teacher: SpeechModel) -> tuple[FrameFacts, FrameFacts, FrameFacts]:
+    """Tells what both models read from a corpus: stored features where these are the own ones of both, else waveforms.
+
+    Returns:
+        Facts for batching (of the one with the longer frame period, so that crops start on frames of both), and the student's
+        and the teacher's own in the same stored units.
+
+    Raises:
+        ValueError: The frame periods cannot be aligned, or the corpus does not hold what they read.
+    """
+    align_frames(teacher.frontend, student.frontend)
+    waveforms = not (reads_stored_features(student, corpus) and reads_stored_features(teacher, corpus))
+    mine, theirs = (frame_facts(corpus, model, waveforms=waveforms) for model in (student, teacher))
+    return (mine if mine.hop >= theirs.hop else theirs), mine, theirs
+
+
+def _batches(
+    recipe: DistilRecipe, corpus: Corpus, utterances: np.ndarray, models: tuple[SpeechModel, SpeechModel], *, shuffle: bool
+) -> CorpusBatches:
+    """Plans micro-batches over the utterances in which both models have a frame."""
+    facts, *own = shared_facts(corpus, *models)
+    lengths = (corpus.num_samples if facts.is_waveform else corpus.num_frames)[utterances]
+    long_enough = np.array([all(one.num_frames(length) >= 1 for one in own) for length in lengths.tolist()], dtype=bool)
+    if not long_enough.any():
+        raise ValueError(f"no utterance of corpus {corpus.name} is as long as a frame of teacher and student")
+    return make_batches(
+        corpus,
+        None,
+        utterances[long_enough],
+        models[0],
+        recipe.data,
+        recipe.training.seed,
+        shuffle=shuffle,
+        facts=facts,
+    )
+
+
+def _resolved(
+    recipe: DistilRecipe,
+    corpus: Corpus,
+    teacher: NamedTeacher,
+    model: SpeechModel,
+    student: str | None,
+    cache: Path | None,
+) -> dict[str, Any]:
+    return {
+        "format_version": 1,
+        "kind": "distil",
+        "sslim": __version__,
+        "recipe": to_plain(replace(recipe, model=model.config)),
+        "corpus": {
+            "name": corpus.name,
+            "folder": str(corpus.path),
+            "digest": corpus.digest,
+            "num_utterances": len(corpus),
+            "hours": round(corpus.duration_s() / 3600, 4),
+            "num_quarantined": corpus.num_quarantined,
+        },
+        "teacher": {
+            "name": teacher.name,
+            "family": teacher.model.config.family,
+            "digest": model_digest(teacher.model),
+            "num_layers": teacher.model.num_layers,
+            "num_parameters": teacher.model.num_parameters(with_heads=False),
+        },
+        "student": student,
+        "cache_teacher": None if cache is None else str(cache),
+        "num_parameters": model.num_parameters(),
+        "num_parameters_without_heads": model.num_parameters(with_heads=False),
+    }
+
+
+def _with_cache(
+    batches: dict[str, CorpusBatches],
+    objective: Distillation,
+    corpus: Corpus,
+    folder: Path,
+    recipe: DistilRecipe,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> dict[str, CachedBatches]:
+    """Fills the cache on the main process and reads it on all."""
+    utterances = np.concatenate([part.utterances for part in batches.values()])
+    if processes.is_main:
+        objective.to(pick_device(recipe.training.device, processes))
+        TeacherCache(folder, objective.teacher, corpus).fill(utterances, batch_s=recipe.data.batch_s or 60.0, say=say)
+    processes.wait()
+    cache = TeacherCache(folder, objective.teacher, corpus)
+    facts = shared_facts(corpus, objective.student, objective.teacher.model)[2]
+    return {name: CachedBatches(part, cache, facts) for name, part in batches.items()}
+
+
+def _tell(notes: list[str], say: Callable[[str], None]) -> None:
+    for note in notes:
+        say(f"note: from the teacher: {note}")
+
+
+def _origin(recipe: DistilRecipe, description: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What the student's provenance tells of this run."""
+    return {
+        "step": "distil",
+        "recipe": recipe.name,
+        "loss": recipe.loss,
+        "teacher": {key: description["teacher"][key] for key in ("name", "family", "digest")},
+        "corpus": description["corpus"]["name"],
+        "seed": recipe.training.seed,
+        "steps": steps,
+    }
+
+
+def distil(
+    recipe: DistilRecipe,
+    teacher: NamedTeacher,
+    corpus_folder: Path,
+    output: Path,
+    *,
+    student: SpeechModel | None = None,
+    student_name: str | None = None,
+    cache_teacher: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> TrainingResult:
+    """Trains a student, or goes on with what ``output`` holds; the trained student is then in ``output/model``.
+
+    Args:
+        recipe: What to train.
+        teacher: Whom it learns from.
+        corpus_folder: A prepared corpus; labels are not needed.
+        output: Run folder: ``run.json``, ``metrics.jsonl``, ``checkpoints/``, and at the end ``model/``.
+        student: A student that exists, to start from instead of a new one; the recipe's architecture is then its own.
+        student_name: Where it comes from.
+        cache_teacher: Folder for the teacher's outputs, made once and reused. With several processes the first fills it alone.
+        say: Where notes for the user go.
+
+    Raises:
+        ValueError: Anything about data, models or settings that cannot work.
+    """
+    with join_processes(recipe.training.device) as processes:
+        say = say if processes.is_main else (lambda _: None)
+        corpus = Corpus.open(corpus_folder)
+        give_statistics(teacher.model, corpus)
+        model, notes = initial_student(recipe, teacher.model, corpus, student)
+        _tell(notes, say)
+        objective = Distillation(model.train(), teacher.model, recipe.objective, bf16=recipe.training.precision == "bf16")
+        batches = _plan(recipe, corpus, model, teacher.model)
+        counts = [len(batches[part].utterances) if part in batches else 0 for part in ("train", "valid")]
+        say(
+            f"{recipe.name}: {model.num_parameters(with_heads=False):,} parameters without heads, teacher "
+            f"{teacher.model.num_parameters(with_heads=False):,}; {counts[0]:,} utterances to train on, {counts[1]:,} to "
+            "validate on"
+        )
+        description = _resolved(recipe, corpus, teacher, model, student_name, cache_teacher)
+        sources: dict[str, Any] = dict(batches)
+        if cache_teacher is not None:
+            sources = dict(_with_cache(batches, objective, corpus, cache_teacher, recipe, processes, say))
+        before = list(model.provenance)
+
+        def save(folder: Path) -> None:
+            model.provenance = [*before, _origin(recipe, description, trainer.state.step)]
+            save_model(model, folder)
+
+        trainer = Trainer(
+            objective,
+            sources["train"],
+            recipe.training,
+            output,
+            save_model=save,
+            validation=sources.get("valid"),
+            description=description,
+            may_change=MAY_CHANGE,
+            processes=processes,
+        )
+        return trainer.run()
+
+
+def _plan(recipe: DistilRecipe, corpus: Corpus, student: SpeechModel, teacher: SpeechModel) -> dict[str, CorpusBatches]:
+    """Micro-batches to train on, and to validate on where there are utterances for that."""
+    train, valid = split_utterances(corpus, recipe.data, recipe.training.seed)
+    batches = {"train": _batches(recipe, corpus, train, (student, teacher), shuffle=True)}
+    if len(valid):
+        batches["valid"] = _batches(recipe, corpus, valid, (student, teacher), shuffle=False)
+    return batches

@@ -1,0 +1,235 @@
+"""Distillation recipes: the published students of HuBERT, and small ones for a log-Mel teacher on two CPU cores.
+
+The small ones are made for the teacher that ``sslim pretrain melhubert-mini`` gives (4 layers, 192 wide, 20 ms frames). The
+same student trained from scratch, for comparison, is that recipe with the student's blocks::
+
+    sslim compress distil distil-plain-mini TEACHER CORPUS --output distilled
+    sslim pretrain melhubert-mini CORPUS --labels LABELS --output scratch --set 'model.encoder.blocks=[B,B]' \
+        --set 'model.encoder.depth_map=[0,1]'
+
+where B is ``{"num_heads":3,"head_dim":64,"feedforward_dim":768}``; for distil-shared-mini the depth map is ``[0,1,0,1]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sslim.config import from_plain, nearest, read_json
+from sslim.frontends import NormalizationConfig, SpectralFrontendConfig
+from sslim.models import PRESETS, ModelConfig
+from sslim.models.distilhubert import distilalhubert, distilhubert
+from sslim.models.hubert import hubert
+from sslim.models.lighthubert import lighthubert
+from sslim.models.melhubert import melhubert
+from sslim.objectives import DistillationConfig
+from sslim.objectives.teacher_init import TeacherInitConfig
+from sslim.recipes.corpus_batches import DataConfig
+from sslim.recipes.distil_losses import LayerChoice, loss_for
+from sslim.training import OptimizerConfig, ScheduleConfig, TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilRecipe:
+    """Everything that decides a distillation run, apart from its data and teacher.
+
+    Attributes:
+        name: Short name.
+        about: Paper, hardware, time and expected number.
+        loss: The published loss that the objective is, or is made from.
+        model: The student's architecture; heads are added as the objective needs them.
+        objective: What is learnt.
+        init: What the student takes over from the teacher; None starts it at random.
+        training: Optimiser, schedule, length.
+        data: Batches.
+    """
+
+    name: str
+    about: str
+    loss: str
+    model: ModelConfig
+    objective: DistillationConfig
+    init: TeacherInitConfig | None = None
+    training: TrainerConfig
+    data: DataConfig = DataConfig()
+
+
+_HUBERT_BASE = hubert()
+
+
+def _published(batch: int) -> tuple[TrainerConfig, DataConfig]:
+    """DistilHuBERT's settings: AdamW 2e-4, warm-up 7 %, linear to 0 at 200,000 updates, clip 5, crops of 15.6 s.
+
+    The reference's own AdamW multiplies the weight decay by the bias-corrected step size and has epsilon elsewhere; torch's is
+    used here.
+    """
+    training = TrainerConfig(
+        total_steps=200_000,
+        max_grad_norm=5.0,
+        save_every=5000,
+        validate_every=5000,
+        optimizer=OptimizerConfig(kind="adamw", lr=2e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
+        schedule=ScheduleConfig(kind="linear", warmup_share=0.07),
+    )
+    return training, DataConfig(batch_s=None, max_utterances=batch, crop_s=15.62)
+
+
+def distil_hubert_recipe() -> DistilRecipe:
+    """DistilHuBERT: 2 layers, heads for layers 4, 8 and 12 of HuBERT Base."""
+    student, (training, data) = distilhubert(), _published(24)
+    return DistilRecipe(
+        name="distil-hubert",
+        about="arXiv 2110.01900, 960 h, 200,000 updates of 24 utterances; not trained here",
+        loss="distil-hubert",
+        model=student,
+        objective=loss_for("distil-hubert", student, _HUBERT_BASE),
+        init=TeacherInitConfig(layers=(1, 2)),
+        training=training,
+        data=data,
+    )
+
+
+def _distil_alhubert(size: str, num_layers: int, repeats: int) -> DistilRecipe:
+    """DistilALHuBERT: a stack run over and over, matched to layers 2, 4, …, 12 of HuBERT Base."""
+    student, (training, data) = distilalhubert(num_layers=num_layers, repeats=repeats), _published(8)
+    return DistilRecipe(
+        name=f"distil-alhubert-{size}",
+        about=f"DistilALHuBERT, {num_layers} layers {repeats} times, 960 h, 200,000 updates of 8 utterances; not trained here",
+        loss="distil-alhubert",
+        model=student,
+        objective=loss_for("distil-alhubert", student, _HUBERT_BASE),
+        init=TeacherInitConfig(layers=tuple(range(1, num_layers + 1))),
+        training=training,
+        data=data,
+    )
+
+
+def light_hubert_recipe() -> DistilRecipe:
+    """LightHuBERT's first stage: the whole net learns the mean of HuBERT Base's last 8 feed-forward outputs at hidden frames.
+
+    The authors' learning rate, batch and steps are not published; these are data2vec's, with fewer steps.
+    """
+    student = replace(lighthubert(None), search_space=None)
+    return DistilRecipe(
+        name="light-hubert-stage1",
+        about="after arXiv 2203.15610 (targets and loss) and data2vec audio base (the rest, fewer steps); not trained here",
+        loss="data2vec",
+        model=student,
+        objective=loss_for("data2vec", student, _HUBERT_BASE),
+        training=TrainerConfig(
+            total_steps=200_000,
+            accumulate=16,
+            save_every=5000,
+            validate_every=5000,
+            optimizer=OptimizerConfig(kind="adam", lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
+            schedule=ScheduleConfig(kind="linear", warmup_share=0.03),
+        ),
+        data=DataConfig(batch_s=237.5, crop_s=20.0, min_s=2.0),
+    )
+
+
+def _mini(name: str, about: str, num_layers: int, repeats: int, init: tuple[int, ...], layers: LayerChoice) -> DistilRecipe:
+    """Students of ``melhubert-mini``, as wide as it: about a million parameters, minutes on one CPU core."""
+    teacher = melhubert(
+        num_layers=4, dim=192, num_heads=3, feedforward_dim=768, conv_kernel_size=32, conv_groups=8, dropout=0.0
+    )
+    blocks, depths = teacher.encoder.blocks[:num_layers], tuple(range(num_layers)) * repeats
+    assert isinstance(teacher.frontend, SpectralFrontendConfig)
+    student = replace(
+        teacher,
+        frontend=replace(teacher.frontend, normalization=NormalizationConfig(kind="utterance", eps=1e-3)),
+        encoder=replace(teacher.encoder, blocks=blocks, depth_map=depths),
+        heads={},
+    )
+    return DistilRecipe(
+        name=name,
+        about=about,
+        loss="distil-alhubert",
+        model=student,
+        objective=replace(loss_for("distil-alhubert", student, teacher, layers), distance="l1", over_targets="mean"),
+        init=TeacherInitConfig(layers=init),
+        training=TrainerConfig(
+            total_steps=2_000,
+            optimizer=OptimizerConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01),
+            schedule=ScheduleConfig(kind="linear", warmup_share=0.07),
+            max_grad_norm=5.0,
+            log_every=20,
+            validate_every=200,
+            save_every=500,
+        ),
+        data=DataConfig(batch_s=30.0, crop_s=10.0),
+    )
+
+
+def distil_plain_mini() -> DistilRecipe:
+    """2 plain layers, started as layers 1 and 3 of the teacher, learn its layers 2 and 4."""
+    return _mini(
+        "distil-plain-mini",
+        "own; 2 layers of width 192 from a 4-layer teacher, 1 million parameters",
+        num_layers=2,
+        repeats=1,
+        init=(1, 3),
+        layers=LayerChoice(student=(1, 2), teacher=(2, 4)),
+    )
+
+
+def distil_shared_mini() -> DistilRecipe:
+    """2 layers run twice, started as layers 1 and 2 of the teacher, learn its layers 2 and 4."""
+    return _mini(
+        "distil-shared-mini",
+        "own; 2 layers of width 192 run twice, from a 4-layer teacher, 1 million parameters",
+        num_layers=2,
+        repeats=2,
+        init=(1, 2),
+        layers=LayerChoice(student=(2, 4), teacher=(2, 4)),
+    )
+
+
+RECIPES = {
+    "distil-hubert": distil_hubert_recipe,
+    "distil-alhubert-small": lambda: _distil_alhubert("small", 2, 6),
+    "distil-alhubert-middle": lambda: _distil_alhubert("middle", 3, 4),
+    "distil-alhubert-large": lambda: _distil_alhubert("large", 4, 3),
+    "light-hubert-stage1": light_hubert_recipe,
+    "distil-plain-mini": distil_plain_mini,
+    "distil-shared-mini": distil_shared_mini,
+}
+
+
+def recipe_for_model(
+    name: str, model: ModelConfig, teacher: ModelConfig, loss: str, layers: LayerChoice | None
+) -> DistilRecipe:
+    """Returns a recipe that trains any student with any of the losses."""
+    return DistilRecipe(
+        name=name,
+        about=f"own; {name} with the loss of {loss}",
+        loss=loss,
+        model=replace(model, search_space=None),
+        objective=loss_for(loss, model, teacher, layers),
+        training=TrainerConfig(
+            total_steps=25_000,
+            max_grad_norm=5.0,
+            validate_every=1000,
+            optimizer=OptimizerConfig(kind="adamw", lr=2e-4, betas=(0.9, 0.98), weight_decay=0.01),
+            schedule=ScheduleConfig(kind="linear", warmup_share=0.07),
+        ),
+    )
+
+
+def named_recipe(name: str) -> DistilRecipe | ModelConfig:
+    """Returns a recipe by its name or from a JSON file (a run's ``run.json`` will do), or a preset's architecture.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".json"):
+        values = read_json(name)
+        return from_plain(DistilRecipe, values.get("recipe", values) if isinstance(values, dict) else values, name)
+    if name in PRESETS:
+        return PRESETS[name]()
+    known = {**RECIPES, **PRESETS}
+    raise ValueError(
+        f"no student {name!r}{nearest(name, known)}; there are the recipes {', '.join(RECIPES)}, the presets "
+        f"{', '.join(PRESETS)}, a JSON file with a recipe, or a model folder"
+    )
