@@ -220,7 +220,7 @@ class ConvFrontend(nn.Module):
         return Padded(values=zero_padding(values, frames_B), lengths=frames_B)
 
     def _weights(self, waveform_BS: Tensor, covered_B: Tensor) -> list[tuple[list[Tensor], Tensor | None]]:
-        """Matrices and bias of every layer; with a group norm the first has a set for each row, (B, taps, C') and (B, 1, C')."""
+        """Matrices and bias of every layer; with a group norm the first has one set a row, (B, taps, C') and (B, 1, C')."""
         layers = [cast(ConvLayer, layer) for layer in self.layers]
         weights: list[tuple[list[Tensor], Tensor | None]] = [(layer.matrices(layer.weight), layer.bias) for layer in layers]
         if layers[0].norm_kind == "group":

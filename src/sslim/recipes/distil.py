@@ -55,15 +55,16 @@ def load_teacher(path: Path) -> NamedTeacher:
 
 
 def initial_student(
-    recipe: DistilRecipe, teacher: SpeechModel, corpus: Corpus, student: SpeechModel | None
-) -> tuple[SpeechModel, list[str]]:
+    recipe: DistilRecipe,
+    teacher: SpeechModel,
+    corpus: Corpus,
+    student: SpeechModel | None,
+    say: Callable[[str], None],
+) -> SpeechModel:
     """Builds the recipe's student, or takes one that exists, and gives it the heads that the objective needs.
 
     Heads that a loaded student has already (of the same description) are kept. Statistics come from the student, the teacher
-    (where its front-end is taken over), or the corpus.
-
-    Returns:
-        The student and notes on what it could not take over from the teacher.
+    (where its front-end is taken over), or the corpus. ``say`` is told what could not be taken over from the teacher.
 
     Raises:
         ValueError: Something that the recipe asks to be taken over does not fit.
@@ -76,9 +77,10 @@ def initial_student(
         model = with_head(model, name, head, generator)
     if not any(name in kept for name in heads_for(recipe.objective, *dims)):
         start_maps_as_identity(model, recipe.objective)
-    notes = init_from_teacher(model, teacher, recipe.init) if recipe.init is not None else []
+    for note in init_from_teacher(model, teacher, recipe.init) if recipe.init is not None else []:
+        say(f"note: from the teacher: {note}")
     give_statistics(model, corpus)
-    return model, notes
+    return model
 
 
 def shared_facts(corpus: Corpus, student: SpeechModel, teacher: SpeechModel) -> tuple[FrameFacts, FrameFacts, FrameFacts]:
@@ -173,11 +175,6 @@ def _with_cache(
     return {name: CachedBatches(part, cache, facts) for name, part in batches.items()}
 
 
-def _tell(notes: list[str], say: Callable[[str], None]) -> None:
-    for note in notes:
-        say(f"note: from the teacher: {note}")
-
-
 def _origin(recipe: DistilRecipe, description: dict[str, Any], steps: int) -> dict[str, Any]:
     """What the student's provenance tells of this run."""
     return {
@@ -205,11 +202,11 @@ def distil(
     """Trains a student, or goes on with what ``output`` holds; the trained student is then in ``output/model``.
 
     Args:
-        recipe: What to train.
+        recipe: What to train; its architecture is that of ``student`` where one is given.
         teacher: Whom it learns from.
         corpus_folder: A prepared corpus; labels are not needed.
         output: Run folder: ``run.json``, ``metrics.jsonl``, ``checkpoints/``, and at the end ``model/``.
-        student: A student that exists, to start from instead of a new one; the recipe's architecture is then its own.
+        student: A student that exists, to start from instead of a new one.
         student_name: Where it comes from.
         cache_teacher: Folder for the teacher's outputs, made once and reused. With several processes the first fills it alone.
         say: Where notes for the user go.
@@ -221,8 +218,7 @@ def distil(
         say = say if processes.is_main else (lambda _: None)
         corpus = Corpus.open(corpus_folder)
         give_statistics(teacher.model, corpus)
-        model, notes = initial_student(recipe, teacher.model, corpus, student)
-        _tell(notes, say)
+        model = initial_student(recipe, teacher.model, corpus, student, say)
         objective = Distillation(model.train(), teacher.model, recipe.objective, bf16=recipe.training.precision == "bf16")
         batches = _plan(recipe, corpus, model, teacher.model)
         counts = [len(batches[part].utterances) if part in batches else 0 for part in ("train", "valid")]
@@ -243,11 +239,11 @@ def distil(
 
         trainer = Trainer(
             objective,
-            sources["train"],
+            sources.pop("train"),
             recipe.training,
             output,
             save_model=save,
-            validation=sources.get("valid"),
+            validation=sources.pop("valid", None),
             description=description,
             may_change=MAY_CHANGE,
             processes=processes,
