@@ -30,6 +30,12 @@ def windowed() -> ModelConfig:
     return replace(config, encoder=replace(config.encoder, blocks=blocks))
 
 
+def lighthubert_windows() -> ModelConfig:
+    config = windowed()
+    blocks = tuple(replace(block, window_rule="lighthubert") for block in config.encoder.blocks)
+    return replace(config, encoder=replace(config.encoder, blocks=blocks))
+
+
 def large_style() -> ModelConfig:
     return hubert(
         num_layers=2,
@@ -47,6 +53,7 @@ CONFIGS: dict[str, Callable[[], ModelConfig]] = {
     "hubert, base style": lambda: hubert(num_layers=2, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]
     "hubert, large style": large_style,
     "hubert, windows": windowed,
+    "hubert, LightHuBERT's windows": lighthubert_windows,
     "distilhubert": lambda: distilhubert(num_layers=2, teacher_dim=20, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]
     "distilalhubert": lambda: distilalhubert(num_layers=2, repeats=3, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]
     "lighthubert": lambda: lighthubert(SPACE, num_layers=3, teacher_dim=20, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]

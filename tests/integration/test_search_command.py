@@ -156,7 +156,7 @@ def test_what_cannot_work_is_one_sentence(place, tmp_path) -> None:
     with pytest.raises(ValueError, match="target_layers is 5; the teacher has 2 layers"):
         run(place, tmp_path / "c", "--target-layers", "5")
     headless = replace(CONFIG, heads={})
-    with pytest.raises(ValueError, match=r"has no linear head 'distillation'.*give --labels"):
+    with pytest.raises(ValueError, match="has no head 'distillation'"):
         build_fitness(built(headless, 1), built(TEACHER, 2), Corpus.open(place / "corpus"), None, FitnessConfig())
 
 

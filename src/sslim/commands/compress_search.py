@@ -20,9 +20,9 @@ class Options:
     """
 
     supernet: tyro.conf.Positional[Path]
-    """Model folder with a search space, or a foreign supernet."""
+    """Run of `sslim compress supernet`, its model folder, another model folder with a search space, or a foreign supernet."""
     teacher: tyro.conf.Positional[Path]
-    """Model whose frames the subnets are compared with; `none` with --labels."""
+    """Model (or run) whose frames the subnets are compared with; `none` with --labels."""
     corpus: tyro.conf.Positional[Path]
     """Folder that `sslim prepare` wrote; its validation part is used."""
     output: Path
@@ -49,10 +49,10 @@ class Options:
     """Longer utterances are cut to this, at the same place for every subnet."""
     valid_split: str | None = None
     """Split of the corpus to validate on; dev or valid when not given, else a held-out tenth."""
-    mask_probability: float = 0.0
-    """Share of frames hidden from the subnets, in spans of ten; 0 hides none and compares all frames."""
-    target_layers: int = 1
-    """The mean of the teacher's last so many layers is what a subnet should give."""
+    mask_probability: float | None = None
+    """Share of frames hidden from the subnets, in spans of ten, and compared; when not given, as the supernet was trained."""
+    target_layers: int | None = None
+    """The teacher's last so many layers are what a subnet should give; when not given, as the supernet was trained."""
     latency: bool = False
     """Measure latency although no budget asks for it."""
     seconds: float = 10.0

@@ -4,6 +4,8 @@ A :class:`Subnet` says how large each part is; :func:`units_of` says which units
 rule (``sslim.nn.slicing``) takes. Layers are counted by kept depth: the first entry of a per-layer tuple is the first layer
 that runs, whichever layer of the supernet that is.
 
+Windows are exact bands, unless a LightHuBERT dictionary asks for its own (``slide_wsz``): see ``Subnet.window_rule``.
+
 Source: LightHuBERT (Wang et al., Interspeech 2022) and its released search spaces.
 """
 
@@ -20,6 +22,7 @@ from sslim.config import from_plain, nearest
 from sslim.nn.encoder import EncoderConfig
 from sslim.nn.positions import ConvPositionsConfig
 from sslim.nn.slicing import Units
+from sslim.nn.windows import WindowRule
 
 FeedforwardRule = Literal["prefix", "blocks"]
 
@@ -33,12 +36,15 @@ class Subnet:
         num_heads: Attention heads of each kept layer, in the order in which they run.
         feedforward_dims: Feed-forward units of each kept layer.
         windows: Attention window of each kept layer, frames on each side, None for all; None as a whole: as in the supernet.
+        window_rule: How ``windows`` attend: ``band``, to exactly these frames, or ``lighthubert``, as LightHuBERT's faulty code
+            does (``sslim.nn.reference_windows``); its ``slide_wsz`` is read as the latter.
     """
 
     dim: int
     num_heads: tuple[int, ...]
     feedforward_dims: tuple[int, ...]
     windows: tuple[int | None, ...] | None = None
+    window_rule: WindowRule = "band"
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -51,6 +57,8 @@ class Subnet:
         for name, values in [("num_heads", self.num_heads), *lists]:
             if wrong := [value for value in values if value is not None and value < 0]:
                 raise ValueError(f"{name} of the subnet holds {wrong[0]}; the least is 0")
+        if self.window_rule != "band" and (self.windows is None or all(window is None for window in self.windows)):
+            raise ValueError(f"window_rule of the subnet is {self.window_rule!r}, but no layer has a window; expected 'band'")
 
     @property
     def num_layers(self) -> int:
@@ -174,7 +182,9 @@ class SearchSpace:
         Args:
             choice: ``default``, ``max``, ``min``, the fields of :class:`Subnet`, or LightHuBERT's dictionary (``embed_dim``,
                 ``heads_num``, ``ffn_embed`` or ``ffn_ratio``, ``layer_num``, ``atten_dim``, ``slide_wsz`` of ``"global"`` or an
-                even number of frames). A dictionary may lie outside the space: what the tensors hold decides (``units_of``).
+                even number of frames). ``slide_wsz`` asks for LightHuBERT's own windows, faults included, as a net trained with
+                them needs; ``windows`` of :class:`Subnet` for the exact band, half as many frames on each side. A dictionary
+                may lie outside the space: what the tensors hold decides (``units_of``).
 
         Raises:
             ValueError: Another name, an unknown key, lists of different lengths, or a default that the space does not have.
@@ -220,8 +230,8 @@ _LIGHTHUBERT_HEAD_DIM = 64
 def _window(size: Any) -> int | None:
     if size == "global":
         return None
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0 or size % 2:
-        raise ValueError(f"slide_wsz of the subnet holds {size!r}; expected 'global' or an even number of frames")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2:
+        raise ValueError(f"slide_wsz of the subnet holds {size!r}; expected 'global' or an even number of frames above 0")
     return size // 2
 
 
@@ -252,7 +262,8 @@ def _read_lighthubert(values: dict[str, Any]) -> Subnet:
     windows = tuple(_window(size) for size in lists.get("slide_wsz", ()))
     units = lists["ffn_embed"] if "ffn_embed" in lists else [int(ratio * dim) for ratio in lists["ffn_ratio"]]
     plain = {"dim": dim, "num_heads": list(heads), "feedforward_dims": list(units)}
-    plain["windows"] = list(windows) if any(window is not None for window in windows) else None
+    if any(window is not None for window in windows):
+        plain |= {"windows": list(windows), "window_rule": "lighthubert"}
     return from_plain(Subnet, plain, "subnet")
 
 
@@ -339,6 +350,7 @@ def units_of(config: EncoderConfig, space: SearchSpace | FeedforwardRule, subnet
         feedforward=tuple(kept_rows),
         depths=depths,
         windows=windows,
+        window_rule=subnet.window_rule,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from sslim.batch import valid_mask
 from sslim.nn.dropout import dropout
 from sslim.nn.linear import linear
+from sslim.nn.reference_windows import ReferenceWindows
 from sslim.nn.relative_positions import RelativeGate, by_query_and_key
 from sslim.nn.windows import Chunks
 
@@ -85,7 +87,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask: Tensor | Chunks | None = None,
+        mask: Tensor | Chunks | ReferenceWindows | None = None,
         distances_NR: Tensor | None = None,
         *,
         need_weights: bool = False,
@@ -94,7 +96,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x_BTD: Input.
-            mask: Which keys each query sees, broadcastable to (B, N, T, T), or the chunks of windowed attention.
+            mask: Which keys each query sees, broadcastable to (B, N, T, T), the chunks of windowed attention, or LightHuBERT's
+                windows (these without distances).
             distances_NR: What ``RelativePositions`` gives for a reach of at least T - 1, or that of the chunks.
             need_weights: Whether to return the weights; not with chunks, which have none for distant frames.
 
@@ -105,6 +108,10 @@ class SelfAttention(nn.Module):
             raise ValueError("chunked attention has no whole matrix of weights: give the mask instead of chunks")
         shape = (self.num_heads, self.head_dim)
         q_BTNH, k_BTNH, v_BTNH = (part(x_BTD).unflatten(-1, shape) for part in (self.query, self.key, self.value))
+        if isinstance(mask, ReferenceWindows):
+            kernel = partial(self._attend, bias=None, need_weights=need_weights)
+            context_BTNH, weights = mask.attend([q_BTNH, k_BTNH, v_BTNH], kernel)
+            return self.output(context_BTNH.flatten(-2)), weights
         bias = None if distances_NR is None else self._bias(x_BTD, distances_NR, mask)
         if isinstance(mask, Chunks):
             parts = [mask.queries(q_BTNH), mask.keys(k_BTNH), mask.keys(v_BTNH)]

@@ -5,7 +5,7 @@ Plain, pruned, low-rank, sliced, shared-layer and shallow models are all this cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -19,8 +19,11 @@ from sslim.nn.attention import SelfAttention, attention_mask
 from sslim.nn.dropout import dropout
 from sslim.nn.linear import linear
 from sslim.nn.positions import ConvPositions, ConvPositionsConfig, PositionsConfig, SinusoidPositions
+from sslim.nn.reference_windows import ReferenceWindows, with_even_frames
 from sslim.nn.relative_positions import RelativeGate, RelativePositions, RelativePositionsConfig
-from sslim.nn.windows import Chunks, chunks_are_faster, window_chunks
+from sslim.nn.windows import Chunks, WindowRule, chunks_are_faster, window_chunks
+
+Seen = Tensor | Chunks | ReferenceWindows | None  # what the queries of a block may look at
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # the exact one, with erf
@@ -53,6 +56,9 @@ class BlockConfig:
         head_dim: Width of each head.
         feedforward_dim: Hidden units; 0 leaves the feed-forward part (and its norm) out.
         attention_window: Frames seen on each side; None for all.
+        window_rule: ``band``: exactly those frames, for all new models. ``lighthubert``: what LightHuBERT's code computes
+            instead, faults included, to run nets that were trained with it (``sslim.nn.reference_windows``); not with causal
+            encoders or relative positions. Without a window the rule means nothing.
         ranks: Rank of each linear map.
         head_ids: With relative positions, which of the table's heads these are, counted from 0; None for the first ones.
         keep_norms: Whether the norm of a part that is left out stays (DPHuBERT); for post-norm encoders only.
@@ -62,9 +68,15 @@ class BlockConfig:
     head_dim: int
     feedforward_dim: int
     attention_window: int | None = None
+    window_rule: WindowRule = "band"
     ranks: LinearRanks = LinearRanks()
     head_ids: tuple[int, ...] | None = None
     keep_norms: bool = False
+
+    @property
+    def has_reference_windows(self) -> bool:
+        """Whether the block attends as LightHuBERT's windows do, not to the exact band."""
+        return self.attention_window is not None and self.window_rule == "lighthubert"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +135,8 @@ class EncoderConfig:
             raise ValueError(f"block {number} keeps the norms of missing parts, which a pre-norm encoder has no use for")
         if block.attention_window is not None and block.attention_window < 0:
             raise ValueError(f"attention_window of block {number} is {block.attention_window}, expected 0 or more frames")
+        if block.has_reference_windows:
+            self._check_reference_windows(number, block)
         relative = self.relative_positions
         if relative is None:
             if block.head_ids is not None:
@@ -139,6 +153,20 @@ class EncoderConfig:
                 f"head_ids of block {number} are {list(ids)}, expected {block.num_heads} distinct numbers "
                 f"from 0 to {relative.num_heads - 1}"
             )
+
+    def _check_reference_windows(self, number: int, block: BlockConfig) -> None:
+        if block.attention_window == 0:
+            raise ValueError(
+                f"attention_window of block {number} is 0, expected 1 or more frames with window_rule 'lighthubert'"
+            )
+        if self.causal or self.relative_positions is not None:
+            what = "a causal encoder" if self.causal else "an encoder with relative positions"
+            raise ValueError(f"window_rule of block {number} is 'lighthubert', which {what} cannot have; expected 'band'")
+
+    @property
+    def has_reference_windows(self) -> bool:
+        """Whether any block attends as LightHuBERT's windows do."""
+        return any(block.has_reference_windows for block in self.blocks)
 
     @property
     def num_layers(self) -> int:
@@ -211,7 +239,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask: Tensor | Chunks | None = None,
+        mask: Seen = None,
         distances_NR: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -275,15 +303,19 @@ class Encoder(nn.Module):
             keep_layers: Whether to return every layer, not the final output alone.
             need_weights: Whether to return attention weights (slower: the fused kernel cannot give them).
         """
+        num_frames = x_BTD.shape[1]
+        x_BTD = self._enter(x_BTD, lengths_B)
+        if self.config.has_reference_windows:
+            x_BTD, lengths_B = with_even_frames(x_BTD, lengths_B)
         mask_of = self._masks(x_BTD, lengths_B, need_weights)
         distances_NR = self._distances(x_BTD, mask_of)
-        x_BTD = self._enter(x_BTD, lengths_B)
         layers, attentions = [x_BTD], []
         for depth in self.config.depth_map:
             if self.training and self.config.layer_drop and torch.rand(()).item() < self.config.layer_drop:
                 layers.append(x_BTD)
                 continue
-            block, mask = self.blocks[depth], mask_of[self.config.blocks[depth].attention_window]
+            described, block = self.config.blocks[depth], self.blocks[depth]
+            mask = mask_of[described.attention_window, described.window_rule]
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x_BTD, weights = checkpoint(block, x_BTD, mask, distances_NR, need_weights, use_reentrant=False)
             else:
@@ -292,21 +324,27 @@ class Encoder(nn.Module):
             if weights is not None:
                 attentions.append(weights)
         final = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+        if x_BTD.shape[1] > num_frames:
+            final, layers = final[:, :num_frames], [layer[:, :num_frames] for layer in layers]
+            attentions = [weights[..., :num_frames, :num_frames] for weights in attentions]
         return self._leave(final, layers if keep_layers else [], attentions, lengths_B)
 
-    def _masks(self, x_BTD: Tensor, lengths_B: Tensor | None, need_weights: bool) -> dict[int | None, Tensor | Chunks | None]:
+    def _masks(self, x_BTD: Tensor, lengths_B: Tensor | None, need_weights: bool) -> dict[tuple[int | None, WindowRule], Seen]:
         """What each distinct window may see: a mask, or chunks where they are less work and no weights are asked for."""
         (batch, num_frames, _), causal = x_BTD.shape, self.config.causal
-        masks: dict[int | None, Tensor | Chunks | None] = {}
-        for window in {block.attention_window for block in self.config.blocks}:
+        masks: dict[tuple[int | None, WindowRule], Seen] = {}
+        for window, rule in {(block.attention_window, block.window_rule) for block in self.config.blocks}:
             options: Any = {"causal": causal, "window": window, "device": x_BTD.device}
-            if window is not None and not need_weights and chunks_are_faster(num_frames, causal=causal, window=window):
-                masks[window] = window_chunks(batch, lengths_B, num_frames, **options)
+            if window is not None and rule == "lighthubert":
+                assert lengths_B is not None  # with_even_frames gives them
+                masks[window, rule] = ReferenceWindows(window=window, lengths=tuple(lengths_B.tolist()))
+            elif window is not None and not need_weights and chunks_are_faster(num_frames, causal=causal, window=window):
+                masks[window, rule] = window_chunks(batch, lengths_B, num_frames, **options)
             else:
-                masks[window] = attention_mask(lengths_B, num_frames, **options)
+                masks[window, rule] = attention_mask(lengths_B, num_frames, **options)
         return masks
 
-    def _distances(self, x_BTD: Tensor, masks: dict[int | None, Tensor | Chunks | None]) -> Tensor | None:
+    def _distances(self, x_BTD: Tensor, masks: Mapping[Any, Seen]) -> Tensor | None:
         """The shared table spread over every distance that a mask or a chunk has (N, R); None without relative positions."""
         if self.relative_positions is None:
             return None

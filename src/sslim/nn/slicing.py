@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sslim.batch import EncoderOutput
 from sslim.nn.encoder import Block, BlockConfig, Encoder, EncoderConfig, original_heads
 from sslim.nn.positions import ConvPositionsConfig, fold_weight_norm
+from sslim.nn.windows import WindowRule
 
 # What the axes of a tensor count: model channels, attention inner width (heads times head width), feed-forward units,
 # the channels of one group of the positions, or None for an axis that is never cut.
@@ -71,6 +72,7 @@ class Units:
         feedforward: For each block, its kept feed-forward units.
         depths: Kept positions of ``depth_map``.
         windows: For each block, its attention window (frames on each side, None for all); None as a whole: as they are.
+        window_rule: ``BlockConfig.window_rule`` of ``windows``; blocks whose windows stay as they are keep their own.
     """
 
     channels: tuple[int, ...]
@@ -78,6 +80,7 @@ class Units:
     feedforward: tuple[tuple[int, ...], ...]
     depths: tuple[int, ...]
     windows: tuple[int | None, ...] | None = None
+    window_rule: WindowRule = "band"
 
     @classmethod
     def full(cls, config: EncoderConfig) -> Units:
@@ -250,13 +253,16 @@ def _head_ids(config: EncoderConfig, block: BlockConfig, kept: Sequence[int]) ->
 def slice_config(config: EncoderConfig, units: Units) -> EncoderConfig:
     """Returns the description of what :func:`slice_encoder` leaves; blocks that no kept depth uses disappear."""
     used = sorted({config.depth_map[depth] for depth in units.depths})
-    windows = [block.attention_window for block in config.blocks] if units.windows is None else units.windows
+    windows = [(block.attention_window, block.window_rule) for block in config.blocks]
+    if units.windows is not None:
+        windows = [(window, "band" if window is None else units.window_rule) for window in units.windows]
     blocks = tuple(
         replace(
             config.blocks[b],
             num_heads=len(units.heads[b]),
             feedforward_dim=len(units.feedforward[b]),
-            attention_window=windows[b],
+            attention_window=windows[b][0],
+            window_rule=windows[b][1],
             head_ids=_head_ids(config, config.blocks[b], units.heads[b]),
         )
         for b in used

@@ -10,11 +10,13 @@ a chunk has keys, the mask wins.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WindowRule = Literal["band", "lighthubert"]  # lighthubert: see sslim.nn.reference_windows
 MIN_CHUNK = 64  # queries in a chunk at least: shorter runs make the matrix products too small
 MIN_GAIN = 2.0  # chunks are used where they compare this many times fewer pairs of frames than the band mask
 

@@ -159,6 +159,7 @@ def block_name(config: EncoderConfig, block: BlockConfig) -> str:
     """Name of a block: ``block 384: 6 x 64 heads, 1536 units`` and, where they differ from the plain ones, window and ranks."""
     name = f"block {config.dim}: {block.num_heads} x {block.head_dim} heads, {block.feedforward_dim} units"
     name += "" if block.attention_window is None else f", window {block.attention_window}"
+    name += ", LightHuBERT's rule" if block.has_reference_windows else ""
     ranks = [f"{key} {rank}" for key, rank in to_plain(block.ranks).items() if rank is not None]
     return name + (f", rank {' '.join(ranks)}" if ranks else "")
 

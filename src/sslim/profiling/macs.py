@@ -24,6 +24,7 @@ from sslim.models.speech import ModelConfig
 from sslim.nn.encoder import BlockConfig, EncoderConfig
 from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig, HeadConfig, RegressionHeadConfig, SplitHeadConfig
 from sslim.nn.positions import ConvPositionsConfig
+from sslim.nn.reference_windows import reference_shape
 from sslim.nn.relative_positions import GATE_UNITS
 from sslim.nn.windows import chunks_are_faster, window_chunks
 
@@ -101,7 +102,7 @@ def count_macs(
         batch: Utterances B.
         pairs: Which pairs of frames the products of attention are counted for: those ``computed`` by sslim (all pairs, or for a
             window that is short against the utterance whole chunks around it), or those ``visible``, the least that windows
-            and causality leave.
+            and causality leave. With LightHuBERT's windows the layers' computed MACs include the frame that makes T even.
         with_heads: Whether the objectives' heads count; feature extraction does not run them.
 
     Returns:
@@ -142,7 +143,10 @@ def count_macs(
 def block_macs(config: EncoderConfig, block: BlockConfig, num_frames: int, pairs: Pairs = "computed") -> dict[str, int]:
     """Returns the MACs of one application of a block over T frames: ``attention``, ``products``, ``feedforward``."""
     dim, inner, ranks = config.dim, block.num_heads * block.head_dim, block.ranks
-    counts = {}
+    counts, zero_keys = {}, 0
+    if config.has_reference_windows and pairs == "computed":
+        num_frames, before = reference_shape(num_frames, block.attention_window or 1)
+        zero_keys = before * block.has_reference_windows
     if block.num_heads:
         maps = sum(linear_macs(dim, inner, rank) for rank in (ranks.query, ranks.key, ranks.value))
         maps += linear_macs(inner, dim, ranks.output)
@@ -150,7 +154,9 @@ def block_macs(config: EncoderConfig, block: BlockConfig, num_frames: int, pairs
             maps += inner * GATE_UNITS
         counts["attention"] = num_frames * maps
         count = computed_pairs if pairs == "computed" else visible_pairs
-        counts["products"] = 2 * inner * count(num_frames, block.attention_window, causal=config.causal)
+        window = None if block.has_reference_windows and pairs == "computed" else block.attention_window
+        seen = count(num_frames, window, causal=config.causal) + num_frames * zero_keys
+        counts["products"] = 2 * inner * seen
     if block.feedforward_dim:
         hidden = block.feedforward_dim
         counts["feedforward"] = num_frames * (linear_macs(dim, hidden, ranks.up) + linear_macs(hidden, dim, ranks.down))

@@ -221,12 +221,9 @@ def distil(
         model = initial_student(recipe, teacher.model, corpus, student, say)
         objective = Distillation(model.train(), teacher.model, recipe.objective, bf16=recipe.training.precision == "bf16")
         batches = _plan(recipe, corpus, model, teacher.model)
-        counts = [len(batches[part].utterances) if part in batches else 0 for part in ("train", "valid")]
-        say(
-            f"{recipe.name}: {model.num_parameters(with_heads=False):,} parameters without heads, teacher "
-            f"{teacher.model.num_parameters(with_heads=False):,}; {counts[0]:,} utterances to train on, {counts[1]:,} to "
-            "validate on"
-        )
+        counts = ", ".join(f"{len(part.utterances):,} utterances in {name}" for name, part in batches.items())
+        sizes = [part.num_parameters(with_heads=False) for part in (model, teacher.model)]
+        say(f"{recipe.name}: {sizes[0]:,} parameters without heads, the teacher {sizes[1]:,}; {counts}")
         description = _resolved(recipe, corpus, teacher, model, student_name, cache_teacher)
         sources: dict[str, Any] = dict(batches)
         if cache_teacher is not None:

@@ -23,7 +23,7 @@ from sslim.compress.budgets import Budget, Costs, check_feasible
 from sslim.compress.pareto import spread
 from sslim.compress.search import Candidate, SearchConfig, SearchResult, search
 from sslim.compress.search_journal import SearchJournal
-from sslim.config import to_plain
+from sslim.config import read_json, to_plain
 from sslim.data.corpus import Corpus
 from sslim.models import ModelConfig, SpeechModel
 from sslim.models.elastic import count_parameters, extract_model, subnet_config
@@ -31,6 +31,7 @@ from sslim.models.search_space import Subnet
 from sslim.profiling import Conditions, LatencyTable, count_macs, measure_latency
 from sslim.profiling.latency import measure_whole
 from sslim.recipes.subnet_fitness import FitnessConfig, build_fitness
+from sslim.recipes.supernet import read_recipe
 from sslim.report.pareto import SEARCH, draw_front, read_points
 from sslim.storage import file_digest, write_json, write_text_atomically
 from sslim.targets.journal import only_one
@@ -106,6 +107,8 @@ def run_search(
     Raises:
         ValueError: Anything about models, data, budgets or settings that cannot work; another search in the folder.
     """
+    recipe = _with_trained_loss(recipe, supernet_path)
+    supernet_path, teacher_path = _model_of(supernet_path), None if teacher_path is None else _model_of(teacher_path)
     with only_one(output):
         supernet = load_model(supernet_path, subnet="whole")
         space = supernet.config.search_space
@@ -137,6 +140,25 @@ def run_search(
         result = search(space, fitness, costs, recipe.budgets, recipe.search, journal=journal, say=say)
         _finish(_Outcome(result=result), recipe, supernet.to("cpu"), settings, table, output, extract, say)
         return result
+
+
+def _model_of(path: Path) -> Path:
+    """A run folder stands for the model it made."""
+    if not (path / "run.json").is_file():
+        return path
+    if not (path / "model").is_dir():
+        raise ValueError(f"the run in {path} is not finished: it has no model/ folder yet")
+    return path / "model"
+
+
+def _with_trained_loss(recipe: SearchRecipe, supernet_path: Path) -> SearchRecipe:
+    """Takes the loss from the run that made the supernet, where there is one and the recipe names none."""
+    run = next(
+        (folder / "run.json" for folder in (supernet_path, supernet_path.parent) if (folder / "run.json").is_file()), None
+    )
+    if recipe.fitness.objective is not None or run is None or read_json(run).get("kind") != "supernet":
+        return recipe
+    return replace(recipe, fitness=replace(recipe.fitness, objective=read_recipe(str(run)).objective))
 
 
 def subnet_costs(config: ModelConfig, conditions: Conditions, table: LatencyTable | None) -> Costs:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sslim.batch import Batch, Padded, StepOutput, valid_mask
 from sslim.compress.search_journal import Fitness
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
@@ -25,14 +24,18 @@ from sslim.frontends import ConvFrontend
 from sslim.models import SpeechModel
 from sslim.models.elastic import model_units, model_view
 from sslim.models.search_space import Subnet
-from sslim.nn.heads import MaskEmbeddingConfig, RegressionHeadConfig
-from sslim.objectives import MaskedPrediction, MaskedPredictionConfig
-from sslim.objectives.distances import frame_distance, sum_over_frames
-from sslim.objectives.frame_alignment import align_frames
-from sslim.objectives.masking import MaskingConfig, span_mask
+from sslim.nn.heads import MaskEmbeddingConfig
+from sslim.objectives import (
+    Distillation,
+    DistillationConfig,
+    MaskedPrediction,
+    MaskedPredictionConfig,
+    MaskingConfig,
+    TargetConfig,
+)
 from sslim.recipes.corpus_batches import DataConfig, make_batches, split_utterances
 
-HEAD, MASK = "distillation", "mask"
+MASK = "mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,10 @@ class FitnessConfig:
         crop_s: Longer utterances are cut to this.
         batch_s: Seconds of audio in a batch.
         valid_split: Split to validate on; None is dev or valid(ation), else a held-out share of the rest.
-        masking: Hidden frames; None hides none, and the loss then covers every frame. With hidden frames it covers these.
-        target_layers: Teacher layers, last ones, whose mean is the target.
+        objective: The distillation loss; None is the mean L1 distance from the mean of the teacher's last ``target_layers``
+            layers. A search takes the loss that its supernet was trained with.
+        masking: Hidden frames, in place of the objective's; the loss then covers these only.
+        target_layers: The teacher's last so many layers as targets, in place of the objective's.
         mask_at: Where masked prediction hides frames: ``features`` or ``projection``; None where the mask embedding fits, or as
             HuBERT (convolutional front-end: after the projection) and MelHuBERT (features) do.
         seed: Decides utterances, crops and masks.
@@ -55,98 +60,11 @@ class FitnessConfig:
     crop_s: float = 10.0
     batch_s: float = 60.0
     valid_split: str | None = None
+    objective: DistillationConfig | None = None
     masking: MaskingConfig | None = None
-    target_layers: int = 1
+    target_layers: int | None = None
     mask_at: Literal["features", "projection"] | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedTargets:
-    """A batch with the teacher's targets.
-
-    Attributes:
-        features: Front-end output.
-        targets_BTD: The teacher's frames at the student's frame rate.
-        hidden_BT: True where the student sees nothing; None where nothing is hidden.
-        counted_BT: True where the loss counts.
-        weights: How many frames those are.
-    """
-
-    features: Padded
-    targets_BTD: Tensor
-    hidden_BT: Tensor | None
-    counted_BT: Tensor
-    weights: dict[str, Tensor]
-
-
-class TeacherDistance(nn.Module):
-    """Objective: mean absolute distance of the head ``distillation`` from the teacher's (mean of) last layers.
-
-    Args:
-        model: Student with a linear head of the teacher's width.
-        teacher: Frozen.
-        config: Which targets and which masks.
-
-    Raises:
-        ValueError: The student lacks the head or it has another width.
-    """
-
-    def __init__(self, model: SpeechModel, teacher: SpeechModel, config: FitnessConfig) -> None:
-        super().__init__()
-        head = model.config.heads.get(HEAD)
-        if not isinstance(head, RegressionHeadConfig):
-            raise ValueError(
-                f"the supernet has no linear head {HEAD!r} to compare with a teacher (its heads are "
-                f"{sorted(model.config.heads) or 'none'}); give --labels to search by masked prediction"
-            )
-        if head.output_dim != teacher.config.encoder.dim:
-            raise ValueError(f"the head is for a teacher of width {head.output_dim}, this one has {teacher.config.encoder.dim}")
-        if not 1 <= config.target_layers <= teacher.num_layers:
-            raise ValueError(f"target_layers is {config.target_layers}; the teacher has {teacher.num_layers} layers")
-        self.model, self.config = model, config
-        self.teacher = [teacher.eval().requires_grad_(False)]  # in a list: no part of this module
-        self.align = align_frames(teacher.frontend, model.frontend)
-
-    @torch.no_grad()
-    def prepare(self, batch: Batch, generator: torch.Generator) -> PreparedTargets:
-        """Runs front-end and teacher, and draws the mask."""
-        teacher, inputs = self.teacher[0], Padded(values=batch.inputs.float(), lengths=batch.lengths)
-        features, seen = (_features(model, inputs, batch.is_waveform) for model in (self.model, teacher))
-        output = teacher.encode_features(seen.values, seen.lengths)
-        last = [*output.layers[:-1], output.final][-self.config.target_layers :]
-        target = Padded(values=torch.stack(last).mean(0), lengths=output.lengths)
-        num_frames = features.values.shape[1]
-        targets_BTD, counted_BT = self.align(target, features.lengths, num_frames)
-        hidden_BT = None
-        if self.config.masking is not None:
-            hidden_BT = span_mask(features.lengths.cpu(), num_frames, self.config.masking, generator).to(counted_BT.device)
-            hidden_BT &= valid_mask(features.lengths, num_frames)
-            counted_BT = counted_BT & hidden_BT
-        weights = {"distance": counted_BT.sum()}
-        return PreparedTargets(
-            features=features, targets_BTD=targets_BTD, hidden_BT=hidden_BT, counted_BT=counted_BT, weights=weights
-        )
-
-    def forward(self, prepared: PreparedTargets, totals: dict[str, Tensor]) -> StepOutput:
-        embedded = self.model.embed(prepared.features)
-        values = embedded.values
-        if prepared.hidden_BT is not None and MASK in self.model.heads:
-            values = self.model.heads[MASK](values, prepared.hidden_BT)
-        elif prepared.hidden_BT is not None:
-            values = values.masked_fill(prepared.hidden_BT[..., None], 0.0)
-        estimate_BTD = self.model.heads[HEAD](self.model.encoder(values, embedded.lengths).final)
-        distance_BT = frame_distance(estimate_BTD, prepared.targets_BTD, "l1")
-        total = sum_over_frames(distance_BT, prepared.counted_BT)
-        return StepOutput(loss=total / totals["distance"], metrics={"distance": (total.detach(), prepared.weights["distance"])})
-
-
-def _features(model: SpeechModel, inputs: Padded, is_waveform: bool) -> Padded:
-    if model.frontend is None:
-        return inputs
-    if is_waveform:
-        return cast(Padded, model.frontend(inputs.values, inputs.lengths))
-    return model.frontend.finish(inputs)
 
 
 class SubnetFitness:
@@ -199,6 +117,25 @@ def halves_of(corpus: Corpus, config: FitnessConfig) -> list[np.ndarray]:
     return [np.sort(drawn[::2]), np.sort(drawn[1::2])]
 
 
+def distillation_of(teacher: SpeechModel, config: FitnessConfig) -> DistillationConfig:
+    """Returns the loss that subnets are compared by.
+
+    Raises:
+        ValueError: More target layers than the teacher has.
+    """
+    objective, count = config.objective, config.target_layers
+    if objective is None:
+        objective = DistillationConfig(target=TargetConfig(layers=(teacher.num_layers,), average=True), cosine_weight=0.0)
+    if count is not None:
+        if not 1 <= count <= teacher.num_layers:
+            raise ValueError(f"target_layers is {count}; the teacher has {teacher.num_layers} layers")
+        layers = tuple(range(teacher.num_layers - count + 1, teacher.num_layers + 1))
+        objective = replace(objective, target=replace(objective.target, layers=layers))
+    if config.masking is not None:
+        objective = replace(objective, masking=config.masking, loss_frames="masked")
+    return objective
+
+
 def build_fitness(
     supernet: SpeechModel,
     teacher: SpeechModel | None,
@@ -227,7 +164,7 @@ def build_fitness(
         objective: nn.Module = MaskedPrediction(supernet, masked)
     else:
         assert teacher is not None
-        objective = TeacherDistance(supernet, teacher.to(device), config)
+        objective = Distillation(supernet, teacher.to(device), distillation_of(teacher, config))
     if hasattr(objective, "trains_frontend"):  # no subnet cuts the front-end: its output is computed once, in prepare
         objective.trains_frontend = False  # type: ignore[assignment]
     data = DataConfig(batch_s=config.batch_s, crop_s=config.crop_s)

@@ -108,10 +108,10 @@ def features(model: SpeechModel) -> Padded:
 def subnets(config: ModelConfig, count: int) -> list[Subnet]:
     assert config.search_space is not None
     generator, space = torch.Generator().manual_seed(2), config.search_space
-    chosen = [space.largest(), space.smallest(), *(space.sample(generator) for _ in range(count - 3))]
+    chosen = [space.largest(), space.smallest(), *(space.sample(generator) for _ in range(count - 4))]
     same_choice = dict(zip(space.blocks(chosen[-1].num_layers), range(chosen[-1].num_layers), strict=False))
     windows = tuple(None if same_choice[block] % 2 else 2 for block in space.blocks(chosen[-1].num_layers))
-    return [*chosen, replace(chosen[-1], windows=windows)]
+    return [*chosen, *(replace(chosen[-1], windows=windows, window_rule=rule) for rule in ("band", "lighthubert"))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

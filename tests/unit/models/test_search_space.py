@@ -16,6 +16,7 @@ from sslim.models.search_space import (
 )
 from sslim.nn.encoder import EncoderConfig, plain_blocks
 from sslim.nn.positions import ConvPositionsConfig
+from sslim.nn.slicing import slice_config
 
 LIGHTHUBERT = EncoderConfig(dim=768, **plain_blocks(12, 12, 64, 3072))
 SPACE = SearchSpace(dims=(8, 16), num_heads=(1, 2), feedforward_ratios=(1.5, 2.0), num_layers=(2, 3))
@@ -111,9 +112,23 @@ def test_dictionaries_of_both_kinds() -> None:
     theirs = {"embed_dim": 8, "heads_num": [1, 2], "atten_dim": [64, 128], "ffn_embed": [12, 16], "layer_num": 2}
     theirs |= {"slide_wsz": ["global", 8]}
     want = Subnet(dim=8, num_heads=(1, 2), feedforward_dims=(12, 16), windows=(None, 4))
-    assert SPACE.subnet(ours) == SPACE.subnet(theirs) == want
+    assert SPACE.subnet(ours) == want
+    assert SPACE.subnet(theirs) == replace(want, window_rule="lighthubert")
     ratios = {"embed_dim": 8, "heads_num": [1, 2], "ffn_ratio": [1.5, 2.0], "slide_wsz": ["global", "global"]}
     assert SPACE.subnet(ratios) == replace(want, windows=None)
+
+
+def test_windows_of_lighthubert_are_told_from_exact_ones() -> None:
+    theirs = SPACE.subnet(GOOD)
+    assert from_plain(Subnet, to_plain(theirs), "subnet") == SPACE.subnet(to_plain(theirs)) == theirs
+    rules = [block.window_rule for block in slice_config(ENCODER, units_of(ENCODER, SPACE, theirs)).blocks]
+    assert rules == ["band", "lighthubert"]  # no window, no rule
+    exact = replace(theirs, window_rule="band")
+    assert all(block.window_rule == "band" for block in slice_config(ENCODER, units_of(ENCODER, SPACE, exact)).blocks)
+    old = {"dim": 8, "num_heads": [1, 2], "feedforward_dims": [12, 16], "windows": [None, 4]}  # saved before there was a rule
+    assert from_plain(Subnet, old, "subnet") == exact
+    with pytest.raises(ValueError, match="window_rule of the subnet is 'lighthubert', but no layer has a window"):
+        Subnet(dim=8, num_heads=(1,), feedforward_dims=(8,), windows=(None,), window_rule="lighthubert")
 
 
 GOOD = {"embed_dim": 8, "heads_num": [1, 2], "ffn_embed": [12, 16], "layer_num": 2, "slide_wsz": ["global", 8]}
@@ -124,6 +139,7 @@ GOOD = {"embed_dim": 8, "heads_num": [1, 2], "ffn_embed": [12, 16], "layer_num":
     [
         ({**GOOD, "layer_num": 3}, "ffn_embed of the subnet has 2 values, expected one for each of 3 layers"),
         ({**GOOD, "slide_wsz": ["global", 7]}, "holds 7; expected 'global' or an even number"),
+        ({**GOOD, "slide_wsz": ["global", 0]}, "holds 0; expected 'global' or an even number of frames above 0"),
         ({**GOOD, "heads_nun": [1]}, "no key 'heads_nun'; did you mean 'heads_num'"),
         ({**GOOD, "atten_dim": [64, 64]}, r"atten_dim of the subnet is \[64, 64\]; \[1, 2\] heads of 64 need \[64, 128\]"),
         ({**GOOD, "heads_num": 2}, "heads_num of the subnet is 2; expected a list"),

@@ -97,8 +97,8 @@ def test_long_inputs_take_chunks_and_stay_finite(causal: bool, dropout: float) -
     x = torch.randn(3, 201, 16, generator=torch.Generator().manual_seed(2))
     lengths = torch.tensor([201, 30, 0])  # the second has windows of padding only, the third nothing else
     seen = encoder._masks(x, lengths, need_weights=False)
-    assert isinstance(seen[3], Chunks)
-    assert not isinstance(seen[None], Chunks)
+    assert isinstance(seen[3, "band"], Chunks)
+    assert not isinstance(seen[None, "band"], Chunks)
     output = encoder(x, lengths, keep_layers=True)
     output.final.square().sum().backward()
     assert all(layer.isfinite().all() for layer in output.layers)

@@ -69,6 +69,14 @@ ENCODERS = {
         "depth_map": (0, 0),
     },
     "window": {"blocks": (BlockConfig(num_heads=3, head_dim=8, feedforward_dim=40, attention_window=4),), "depth_map": (0,)},
+    "lighthubert's windows": {
+        "blocks": (
+            BlockConfig(num_heads=3, head_dim=8, feedforward_dim=40, attention_window=4, window_rule="lighthubert"),
+            BlockConfig(num_heads=3, head_dim=8, feedforward_dim=40),
+            BlockConfig(num_heads=3, head_dim=8, feedforward_dim=40, attention_window=1, window_rule="lighthubert"),
+        ),
+        "depth_map": (0, 1, 2),
+    },
     "relative": {"positions": POSITIONS, "relative_positions": RelativePositionsConfig(num_heads=3)},
 }
 

@@ -7,6 +7,11 @@ settings that ends in ``base.yaml`` or ``small.yaml``. Where this does not decid
 would take base, and features of the wrong space look plausible.
 
 The head that estimates the teacher's last layer comes along as ``distillation``; what HuBERT's pre-training left is dropped.
+
+The files do not say whether a net was trained with sliding windows; no release was. Who knows of one that was names them in the
+subnet, as the reference takes them: ``slide_wsz`` gives the reference's own computation, faults included
+(``sslim.nn.reference_windows``), because that is what the net was trained with. Windows for training on, or for a model of
+one's own, are the key ``windows`` of ``sslim.models.search_space.Subnet``: the exact band.
 """
 
 from __future__ import annotations
