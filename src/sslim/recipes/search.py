@@ -27,7 +27,7 @@ from sslim.config import read_json, to_plain
 from sslim.data.corpus import Corpus
 from sslim.models import ModelConfig, SpeechModel
 from sslim.models.elastic import count_parameters, extract_model, subnet_config
-from sslim.models.search_space import Subnet
+from sslim.models.search_space import SearchSpace, Subnet
 from sslim.profiling import Conditions, LatencyTable, count_macs, measure_latency
 from sslim.profiling.latency import measure_whole
 from sslim.recipes.subnet_fitness import FitnessConfig, build_fitness
@@ -110,11 +110,7 @@ def run_search(
     recipe = _with_trained_loss(recipe, supernet_path)
     supernet_path, teacher_path = _model_of(supernet_path), None if teacher_path is None else _model_of(teacher_path)
     with only_one(output):
-        supernet = load_model(supernet_path, subnet="whole")
-        space = supernet.config.search_space
-        if space is None:
-            raise ValueError(f"{supernet_path} is no supernet: it has no search space")
-        space.check(supernet.config.encoder)
+        supernet, space = _load_supernet(supernet_path)
         corpus = Corpus.open(corpus_path)
         labels = None if labels_name is None else corpus.labels(labels_name)
         if labels is None and teacher_path is None:
@@ -140,6 +136,15 @@ def run_search(
         result = search(space, fitness, costs, recipe.budgets, recipe.search, journal=journal, say=say)
         _finish(_Outcome(result=result), recipe, supernet.to("cpu"), settings, table, output, extract, say)
         return result
+
+
+def _load_supernet(path: Path) -> tuple[SpeechModel, SearchSpace]:
+    supernet = load_model(path, subnet="whole")
+    space = supernet.config.search_space
+    if space is None:
+        raise ValueError(f"{path} is no supernet: it has no search space")
+    space.check(supernet.config.encoder)
+    return supernet, space
 
 
 def _model_of(path: Path) -> Path:
