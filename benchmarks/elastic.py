@@ -1,9 +1,9 @@
 """What a subnet run inside its supernet costs against the same subnet extracted: forward and backward, interleaved, medians.
 
-LightHuBERT-Base's supernet, its default (66.9 million parameters) and largest subnet, one second of audio in a batch of one:
-the hardest case, since cutting the tensors costs the same for any amount of audio. ``step`` starts from the waveform,
-``encoder`` from the front-end's output; ``update`` adds clipping and AdamW, which always run over the whole supernet on the
-elastic side. Run it on an idle machine: ``python benchmarks/elastic.py``.
+LightHuBERT-Base's supernet, its default (66.9 million parameters) and largest subnet. Cutting the tensors costs the same for
+any amount of audio, so one second is the hardest case and no training step; five seconds are a short one, and recipes take
+minutes. ``step`` starts from the waveform, ``encoder`` from the front-end's output; ``update`` adds clipping and AdamW, which
+always run over the whole supernet on the elastic side. Run it on an idle machine: ``python benchmarks/elastic.py``.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def measure(repetitions: int, batch: int, audio_s: float, *, update: bool) -> di
                 for part, inputs in (("encoder", features), ("step", waveform)):
                     seconds = timed(lambda run=run, inputs=inputs: run(inputs))
                     if repetition:
-                        times.setdefault(f"{name} {part} {side}", []).append(seconds)
+                        times.setdefault(f"{audio_s:g} s, {name} {part} {side}", []).append(seconds)
                 if update:
                     more = timed(lambda model=model, step=step: step(model))
                     if repetition:
-                        times.setdefault(f"{name} update {side}", []).append(seconds + more)
+                        times.setdefault(f"{audio_s:g} s, {name} update {side}", []).append(seconds + more)
     return times
 
 
@@ -92,18 +92,20 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--audio-s", type=float, default=1.0)
+    parser.add_argument("--audio-s", type=float, nargs="+", default=(1.0, 5.0), help="seconds of audio, one case each")
     parser.add_argument("--update", action="store_true", help="measure the optimiser's part too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    measured = measure(options.repetitions, options.batch, options.audio_s, update=options.update)
+    measured: dict[str, list[float]] = {}
+    for audio_s in options.audio_s:
+        measured |= measure(options.repetitions, options.batch, audio_s, update=options.update)
     times = {name: statistics.median(seconds) for name, seconds in measured.items()}
     for name, seconds in times.items():
-        print(f"{name:28s} {1000 * seconds:8.0f} ms")
+        print(f"{name:34s} {1000 * seconds:8.0f} ms")
     cases = [name.removesuffix(" elastic") for name in times if name.endswith(" elastic")]
     ratios = {case: times[f"{case} elastic"] / times[f"{case} extracted"] for case in cases}
     for name, ratio in ratios.items():
-        print(f"{name + ', elastic / extracted':34s} {ratio:5.2f} x")
+        print(f"{name + ', elastic / extracted':40s} {ratio:5.2f} x")
     print(json.dumps({"benchmark": "elastic", "seconds": times, "ratios": ratios}))
 
 

@@ -1,12 +1,12 @@
 """Teacher, students and baselines of one size on real speech, in one probe table: two hours on one CPU core.
 
-A small MelHuBERT is pre-trained on two corpora in two stages. Three students of about a million parameters learn from it (two plain
-layers; two layers run twice; a subnet of a supernet), each beside the same architecture pre-trained from scratch for the same
-time on the targets that the teacher's first stage had. All are probed on digits of speakers that the probe never heard.
+A small MelHuBERT is pre-trained on two corpora in two stages. Three students of about a million parameters learn from it (two
+plain layers; two layers run twice; a subnet of a supernet), each beside the same architecture pre-trained from scratch for the
+same time on the targets that the teacher's first stage had. All are probed on digits of speakers that the probe never heard.
 
-Every step is a command of ``sslim`` and is printed; interrupted runs go on. How many steps fit into a run's minutes is found out by
-a trial of half a minute, so that the learning rate has fallen to zero when the time is over. Usage, from the project's root, with
-recordings (a folder per corpus) at hand: ``python benchmarks/experiments/students.py SPEECH DIGITS --output runs/students``.
+Every step is a command of ``sslim`` and is printed; interrupted runs go on. How many steps fit into a run's minutes is found
+out by a trial of half a minute, so that the learning rate has fallen to zero when the time is over. Usage, from the project's
+root, with a folder of recordings for each corpus: ``python benchmarks/experiments/students.py SPEECH DIGITS --output runs/x``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 SEEDS = "3"
+SEARCH = ("--generations", "20", "--utterances", "200")
 
 
 def sslim(*arguments: str | Path, done: Path | None = None) -> None:
@@ -52,6 +55,12 @@ def train(*arguments: str | Path, output: Path, minutes: float) -> None:
     sslim(*arguments, "--output", output, "--steps", plan.read_text(), *common)
 
 
+def minutes_of(run: Path) -> float:
+    """Minutes that a run has trained."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max(record.get("elapsed_s", 0.0) for record in records) / 60
+
+
 def write_scratch_recipe(path: Path, model_folder: Path) -> None:
     """Writes the teacher's pre-training recipe with the architecture of a student."""
     from sslim.checkpoints import load_model
@@ -59,8 +68,44 @@ def write_scratch_recipe(path: Path, model_folder: Path) -> None:
     from sslim.recipes.melhubert import melhubert_mini
 
     recipe, student = melhubert_mini(), load_model(model_folder).config
-    model = replace(student, heads={}, family=recipe.model.family)
+    model = replace(student, heads=recipe.model.heads, search_space=None)
     path.write_text(json.dumps(to_plain(replace(recipe, name=path.stem, about="a student's net from scratch", model=model))))
+
+
+def train_teacher(root: Path, speech: Path, digits: Path, minutes: Sequence[float]) -> None:
+    """Prepares both corpora and pre-trains in two stages: on clusters of MFCC, then of the first stage's layer 3."""
+    corpus, mfcc, layer3 = root / "speech", "mfcc100", "stage1-l3"
+    sslim("prepare", speech, corpus, "--also", digits, done=corpus / "manifest.jsonl")
+    sslim("prepare", digits, root / "digits", done=root / "digits" / "manifest.jsonl")
+    labels = corpus / "labels"
+    sslim("cluster", corpus, "--mfcc", "--clusters", "100", "--name", mfcc, done=labels / mfcc / "digests.json")
+    train("pretrain", "melhubert-mini", corpus, "--labels", mfcc, output=root / "stage1", minutes=minutes[0])
+    stage1 = ("--model", root / "stage1" / "model", "--layer", "3")
+    sslim("cluster", corpus, *stage1, "--name", layer3, done=labels / layer3 / "digests.json")
+    start = ("--init-from", root / "stage1")
+    train("pretrain", "melhubert-mini", corpus, "--labels", layer3, *start, output=root / "teacher", minutes=minutes[1])
+
+
+def train_students(root: Path, minutes: float, supernet_minutes: float) -> None:
+    """Distils two students and a supernet, takes a subnet of their size out of it, and trains all three nets from scratch."""
+    teacher, corpus = root / "teacher", root / "speech"
+    for name, recipe in {"plain": "distil-plain-mini", "shared": "distil-shared-mini"}.items():
+        train("compress", "distil", recipe, teacher, corpus, output=root / name, minutes=minutes)
+    supernet = root / "supernet"
+    settings = ("supernet-mini", teacher, corpus, "--stage", "2")
+    train("compress", "supernet", *settings, output=supernet, minutes=supernet_minutes)
+    search, budget = root / "search", ("--budget", "params=0.95M..1.05M", "--extract", "1")
+    sslim("compress", "search", supernet, teacher, corpus, "--output", search, *budget, *SEARCH, done=search / "front-1")
+    if not (root / "subnet").exists():
+        shutil.copytree(search / "front-1", root / "subnet")
+    for name, model, run in (
+        ("plain", "plain/model", "plain"),
+        ("shared", "shared/model", "shared"),
+        ("subnet", "subnet", "supernet"),
+    ):
+        recipe_file, scratch = root / f"scratch-{name}.json", root / f"scratch-{name}"
+        write_scratch_recipe(recipe_file, root / model)
+        train("pretrain", recipe_file, corpus, "--labels", "mfcc100", output=scratch, minutes=minutes_of(root / run))
 
 
 def main() -> None:
@@ -75,58 +120,28 @@ def main() -> None:
     root: Path = options.output
     root.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    speech, digits, teacher = root / "speech", root / "digits", root / "teacher"
-    first, second = options.stage_minutes
-    sslim("prepare", options.speech, speech, "--also", options.digits, done=speech / "manifest.jsonl")
-    sslim("prepare", options.digits, digits, done=digits / "manifest.jsonl")
-    sslim("cluster", speech, "--mfcc", "--clusters", "100", "--name", "mfcc100", done=speech / "labels/mfcc100/digests.json")
-    train("pretrain", "melhubert-mini", speech, "--labels", "mfcc100", output=root / "stage1", minutes=first)
-    stage1 = root / "stage1" / "model"
+    train_teacher(root, options.speech, options.digits, options.stage_minutes)
+    train_students(root, options.minutes, options.supernet_minutes)
+    names = ("teacher", "plain", "shared", "subnet", "scratch-plain", "scratch-shared", "scratch-subnet")
+    probe, digits = ("--folds", "speaker", "--seeds", SEEDS, "--output"), ("--corpus", root / "digits")
+    card = root / "students.json"
+    sslim("probe", "label", *(root / name for name in names), *digits, *probe, card, done=card)
+    front, card = root / "front", root / "front.json"
+    latency = ("--algorithm", "pareto", "--front", "latency_ms", "--extract", "6", "--threads", "1")
     sslim(
-        "cluster",
-        speech,
-        "--model",
-        stage1,
-        "--layer",
-        "3",
-        "--name",
-        "stage1-l3",
-        done=speech / "labels/stage1-l3/digests.json",
+        "compress",
+        "search",
+        root / "supernet",
+        root / "teacher",
+        root / "speech",
+        "--output",
+        front,
+        *latency,
+        *SEARCH,
+        done=front / "front-6",
     )
-    start = ("--init-from", root / "stage1")
-    train("pretrain", "melhubert-mini", speech, "--labels", "stage1-l3", *start, output=teacher, minutes=second)
-
-    students = {"plain": "distil-plain-mini", "shared": "distil-shared-mini"}
-    for name, recipe in students.items():
-        train("compress", "distil", recipe, teacher, speech, output=root / name, minutes=options.minutes)
-    train(
-        "compress", "supernet", "supernet-mini", teacher, speech, "--stage", "2",
-        output=root / "supernet", minutes=options.supernet_minutes,
-    )  # fmt: skip
-    settings = ("--generations", "20", "--utterances", "200")
-    sslim(
-        "compress", "search", root / "supernet", teacher, speech, "--output", root / "front", "--algorithm", "pareto",
-        "--front", "latency_ms", "--extract", "6", "--threads", "1", *settings, done=root / "front" / "front-6",
-    )  # fmt: skip
-    sslim(
-        "compress", "search", root / "supernet", teacher, speech, "--output", root / "search", "--budget", "params=0.95M..1.05M",
-        "--extract", "1", *settings, done=root / "search" / "front-1",
-    )  # fmt: skip
-    subnet = root / "search" / "front-1"
-    for name, folder, minutes in (
-        ("plain", root / "plain" / "model", options.minutes),
-        ("shared", root / "shared" / "model", options.minutes),
-        ("subnet", subnet, options.supernet_minutes),
-    ):
-        recipe_file, run = root / f"scratch-{name}.json", root / f"scratch-{name}"
-        write_scratch_recipe(recipe_file, folder)
-        train("pretrain", recipe_file, speech, "--labels", "mfcc100", output=run, minutes=minutes)
-    models = [root / name for name in ("teacher", "plain", "shared")] + [subnet]
-    models += [root / f"scratch-{name}" for name in ("plain", "shared", "subnet")]
-    models += sorted((root / "front").glob("front-*"))
-    sslim(
-        "probe", "label", *models, "--corpus", digits, "--folds", "speaker", "--seeds", SEEDS, "--output", root / "digits.json"
-    )
+    models = [root / "teacher", *sorted(front.glob("front-*"))]
+    sslim("probe", "label", *models, *digits, "--no-baselines", *probe, card, done=card)
 
 
 if __name__ == "__main__":

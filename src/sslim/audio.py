@@ -288,6 +288,15 @@ def kaldi_num_frames(num_samples: Count, frame_length: int, shift: int, *, snip_
     return (samples + shift // 2) // shift
 
 
+def centred_num_frames(num_samples: Count, transform_size: int, shift: int) -> Count:
+    """Returns the frames centred on samples 0, ``shift``, 2 ``shift``, … as long as they are no further than the end.
+
+    What is no longer than half a transform gives none: it cannot be mirrored far enough.
+    """
+    samples: Any = num_samples
+    return (samples // shift + 1) * (samples > transform_size // 2)
+
+
 def num_stacked_frames(num_frames: Count, stack: int, tail: Literal["pad", "drop"] = "pad") -> Count:
     """Returns the frames after stacking ``stack`` in one; an incomplete last one counts with ``pad`` and not with ``drop``."""
     frames: Any = num_frames

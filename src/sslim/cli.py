@@ -29,12 +29,14 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "cluster": ("sslim.commands.cluster", "k-means targets from features or from a layer of a model, with their quality"),
     "pretrain": ("sslim.commands.pretrain", "pre-train a model; the same command resumes"),
-    "compress": ("sslim.commands.compress", "smaller models: distillation, supernets and their parts"),
+    "compress": ("sslim.commands.compress", "smaller models: pruning, low rank, gates, distillation, supernets, pipelines"),
     "probe": ("sslim.commands.probe", "evaluate a model's layers against baselines; writes a result card"),
+    "analyze": ("sslim.commands.analyze", "noise by layer, attention heads, similarity of layers: tables and pictures"),
+    "profile": ("sslim.commands.profile", "parameters, MACs, latency, memory and speed-up against a dense baseline"),
     "extract": ("sslim.commands.extract", "hidden states of audio files or a corpus to safetensors, npz or Kaldi ark"),
     "import": ("sslim.commands.import_", "a foreign checkpoint to a native model folder"),
     "export": ("sslim.commands.export", "a model to a reference's own file layout"),
-    "report": ("sslim.commands.report", "runs, corpora and result cards on one HTML page"),
+    "report": ("sslim.commands.report", "runs, corpora, result cards, profiles and Pareto fronts on one HTML page"),
     "doctor": ("sslim.commands.doctor", "check a corpus and its labels before hours are spent"),
 }
 
@@ -124,15 +126,27 @@ def _run(arguments: list[str]) -> int:
         close = difflib.get_close_matches(verb.lstrip("-"), VERBS, n=1, cutoff=0.4)
         advice = f"did you mean {close[0]!r}?" if close else f"the verbs are {', '.join(VERBS)}"
         raise UsageError(f"there is no {kind} {verb!r}; {advice}")
-    module, rest = importlib.import_module(VERBS[verb][0]), arguments[1:]
-    if hasattr(module, "METHODS"):  # a verb with commands of its own
-        method = module.choose(rest)
-        if method is None:
-            print(module.help_text())
-            return 0
-        verb, module, rest = f"{verb} {method}", importlib.import_module(module.METHODS[method][0]), rest[1:]
-    module.main(parse_options(verb, module, rest))
+    name, module, rest = find_command(arguments)
+    if module is None:
+        print(importlib.import_module(VERBS[verb][0]).help_text())
+        return 0
+    module.main(parse_options(name, module, rest))
     return 0
+
+
+def find_command(arguments: list[str]) -> tuple[str, ModuleType | None, list[str]]:
+    """Returns a command's name, its module and the arguments that are left, for a verb that exists.
+
+    A verb with ``METHODS`` is a family of commands, and the next argument chooses; where it asks for help, there is no module.
+    """
+    verb, rest = arguments[0], arguments[1:]
+    module = importlib.import_module(VERBS[verb][0])
+    if not hasattr(module, "METHODS"):
+        return verb, module, rest
+    method, rest = module.choose(rest)
+    if method is None:
+        return verb, None, rest
+    return f"{verb} {method}", importlib.import_module(module.METHODS[method][0]), rest
 
 
 def parse_options(verb: str, module: ModuleType, arguments: Sequence[str]) -> Any:

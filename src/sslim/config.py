@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 
+OMIT_DEFAULT = "omit_default"  # key of a field's metadata: left out of the plain values while it has its default
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be read; the message is one sentence for the user."""
@@ -50,11 +52,15 @@ def _kinds(union: Any) -> dict[str, type]:
 
 
 def _structure_tagged(value: Any, union: Any) -> Any:
-    """Reads a union of dataclasses that are told apart by ``kind``."""
+    """Reads a union of dataclasses that are told apart by ``kind``.
+
+    Values without one are of the member that does not write its own (``OMIT_DEFAULT``), as before there were others.
+    """
     if value is None and type(None) in get_args(union):
         return None
     kinds = _kinds(union)
-    kind = value.get("kind") if isinstance(value, dict) else None
+    unwritten = next((kind for kind, member in kinds.items() if "kind" in _omitted(member)), None)
+    kind = value.get("kind", unwritten) if isinstance(value, dict) else None
     if kind not in kinds:
         raise TypeError(f"kind is {kind!r}, expected one of {', '.join(kinds)}{nearest(str(kind), kinds)}")
     return _converter().structure(value, kinds[kind])
@@ -68,7 +74,19 @@ def _converter() -> Converter:
     for kind in (bool, int, float, str):
         converter.register_structure_hook(kind, _strict_number(kind))
     converter.register_structure_hook_func(lambda union: bool(_kinds(union)), _structure_tagged)
+    converter.register_unstructure_hook_factory(lambda cls: bool(_omitted(cls)), lambda cls: _without_defaults(cls, converter))
     return converter
+
+
+def _omitted(cls: Any) -> list[str]:
+    """Names of the fields that are not written while they have their default."""
+    return [field.name for field in fields(cls) if field.metadata.get(OMIT_DEFAULT)] if is_dataclass(cls) else []
+
+
+def _without_defaults(cls: type, converter: Converter) -> Any:
+    from cattrs.gen import make_dict_unstructure_fn, override
+
+    return make_dict_unstructure_fn(cls, converter, **{name: override(omit_if_default=True) for name in _omitted(cls)})  # type: ignore[arg-type]
 
 
 def nearest(name: str, accepted: Any) -> str:
@@ -107,6 +125,8 @@ def from_plain(cls: type[C] | types.UnionType, values: Any, source: str = "confi
     Raises:
         ConfigError: Unknown key, missing key, or value of the wrong type.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source} holds a {type(values).__name__}, expected an object with keys")
     try:
         return _converter().structure(values, cls)  # type: ignore[arg-type]
     except Exception as error:

@@ -8,12 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from sslim.batch import Batch, Padded
+from sslim.batch import Batch, Padded, valid_mask
 from sslim.models import ModelConfig, SpeechModel, build_model
 from sslim.models.hubert import hubert, narrow_conv_layers
 from sslim.models.melhubert import melhubert
 from sslim.models.search_space import SearchSpace
-from sslim.objectives import Distillation, MaskingConfig, heads_for, start_maps_as_identity
+from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig, HeadConfig
+from sslim.objectives import (
+    Distillation,
+    LogitDistillation,
+    LogitDistillationConfig,
+    MaskingConfig,
+    heads_for,
+    logit_heads,
+    start_maps_as_identity,
+)
+from sslim.objectives.model_inputs import features_of
 from sslim.objectives.once_for_all import OnceForAll, OnceForAllConfig
 from sslim.objectives.teacher import normalize_instances
 from sslim.recipes.distil_losses import LayerChoice, loss_for
@@ -49,6 +59,17 @@ def distillation(loss: str, student: ModelConfig, teacher: ModelConfig, **change
     return Distillation(model, built(teacher, 2), config)
 
 
+def logits(student: ModelConfig, teacher: ModelConfig, head: HeadConfig | None = None, **settings: Any) -> LogitDistillation:
+    """From a teacher that is sure of its clusters."""
+    config = LogitDistillationConfig(**settings)
+    teacher = replace(teacher, heads={"masked_prediction": head or ClusterHeadConfig(num_clusters=6)})
+    student = replace(student, heads=logit_heads(config, student, teacher))
+    model = built(teacher, 2)
+    for parameter in model.heads["masked_prediction"].parameters():
+        parameter.data *= 20.0
+    return LogitDistillation(built(student, 1), model, config)
+
+
 def supernet() -> OnceForAll:
     inner = distillation("data2vec", mel_model(2, 16), mel_model(3, 16), masking=MASKS)
     space = SearchSpace(dims=(8, 16), num_heads=(1, 2), feedforward_ratios=(1.0, 2.0), num_layers=(1, 2))
@@ -59,6 +80,7 @@ def supernet() -> OnceForAll:
 
 
 MASKS = MaskingConfig(probability=0.5, span_length=3)
+CODEWORDS = CodewordHeadConfig(num_clusters=6, codeword_dim=8)
 OBJECTIVES: dict[str, Callable[[], nn.Module]] = {
     "heads": lambda: distillation("distil-hubert", mel_model(1, 16), mel_model(3, 16)),
     "heads, wider teacher": lambda: distillation("distil-hubert", mel_model(1, 16), mel_model(3, 32)),
@@ -71,9 +93,17 @@ OBJECTIVES: dict[str, Callable[[], nn.Module]] = {
     ),
     "teacher twice as fast": lambda: distillation("distil-hubert", mel_model(1, 16), mel_model(2, 16, frame_period_ms=10)),
     "once for all": supernet,
+    "logits": lambda: logits(mel_model(1, 16), mel_model(3, 16), temperature=2.0),
+    "logits, hidden frames": lambda: logits(mel_model(1, 16), mel_model(3, 16), masking=MASKS),
+    "logits, teacher twice as fast": lambda: logits(
+        mel_model(1, 16), mel_model(2, 32, frame_period_ms=10), masking=MASKS, mask_at="projection", scale_by_temperature=True
+    ),
     "waveform student": lambda: distillation("distil-hubert", wave_model(1, 16), mel_model(2, 16), feature_penalty=1.0),
     "waveform teacher": lambda: distillation("distil-alhubert", mel_model(1, 16), wave_model(2, 16)),
     "waveform both": lambda: distillation("dp-hubert", wave_model(1, 16), wave_model(2, 16)),
+    "waveform both, logits": lambda: logits(
+        wave_model(1, 16), wave_model(2, 16), CODEWORDS, masking=MASKS, mask_at="projection"
+    ),
 }
 WAVEFORMS = [name for name in OBJECTIVES if name.startswith("waveform")]
 
@@ -137,9 +167,14 @@ def test_padding_changes_nothing(name: str) -> None:
         longer = replace(longer, mask_BT=mask, counted_BT=counted)
     a, b = objective(prepared, prepared.weights), objective(longer, prepared.weights)
     torch.testing.assert_close(a.loss, b.loss, atol=1e-5, rtol=0)
-    grown = replace(longer.inputs, lengths=longer.inputs.lengths + (3200 if data.is_waveform else 10))
-    wrong = objective(replace(longer, inputs=grown), prepared.weights)
-    assert (wrong.loss - a.loss).abs() > 1e-4  # the control: padding as speech
+    # The controls: padding heard as speech, and padding in the mean, as the references have it.
+    values, extra = longer.inputs.values, 3200 if longer.inputs.values.dim() == 2 else 10
+    real = valid_mask(longer.inputs.lengths, values.shape[1]).view(*values.shape[:2], *(1,) * (values.dim() - 2))
+    heard = Padded(values=values.masked_fill(~real, 5.0), lengths=longer.inputs.lengths + extra)
+    assert (objective(replace(longer, inputs=heard), prepared.weights).loss - a.loss).abs() > 1e-3
+    everywhere = torch.ones_like(longer.counted_BT)
+    diluted = {**prepared.weights, "frames": everywhere.sum()}
+    assert (objective(replace(longer, counted_BT=everywhere), diluted).loss - a.loss).abs() > 0.05
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -166,7 +201,10 @@ def test_accumulation_weighs_frames_not_micro_batches(name: str) -> None:
         count = one.counted_BT.shape[1]
         mask = None if prepared.mask_BT is None else prepared.mask_BT[rows, :count]
         counted = prepared.counted_BT[rows, :count]
-        parts.append(replace(one, mask_BT=mask, counted_BT=counted, weights={**one.weights, "frames": counted.sum()}))
+        part = replace(one, mask_BT=mask, counted_BT=counted, weights={**one.weights, "frames": counted.sum()})
+        if hasattr(part, "targets_BTK"):  # what the teacher said with the mask they had together
+            part = replace(part, targets_BTK=prepared.targets_BTK[rows, :count])
+        parts.append(part)
     split = sum(objective(part, prepared.weights).loss for part in parts)
     torch.testing.assert_close(split, whole, atol=1e-5, rtol=0)
     mean_of_means = sum(objective(part, part.weights).loss for part in parts) / 2
@@ -206,6 +244,26 @@ def test_a_teacher_in_training_mode_would_give_other_targets() -> None:
     objective.teacher.model.train()  # the control
     with pytest.raises(AssertionError):
         objective.teacher.frames(data.inputs, data.lengths)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ["heads", "average, hidden frames", "waveform both"])
+def test_the_teacher_computes_in_bf16_where_that_is_asked_for(name: str, bf16: bool) -> None:
+    """Its blocks alone: log-Mel features, norms and the targets that come out are float32."""
+    plain = OBJECTIVES[name]()
+    objective = Distillation(plain.student, plain.teacher.model, plain.config, bf16=bf16)
+    teacher, data, seen = objective.teacher.model, batch(name), []
+    hook = teacher.encoder.blocks[-1].feedforward.up.register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    targets = objective.prepare(data, torch.Generator().manual_seed(0)).targets_BTLD
+    hook.remove()
+    assert set(seen) == {torch.bfloat16 if bf16 else torch.float32}
+    assert targets.dtype == torch.float32
+    want = plain.prepare(data, torch.Generator().manual_seed(0)).targets_BTLD
+    assert torch.equal(targets, want) is not bf16
+    assert (targets - want).abs().mean() < 0.02 * want.abs().mean()
+    if not data.is_waveform:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            assert objective.teacher.features(data.inputs, data.lengths).values.dtype == torch.float32
 
 
 def test_targets_are_the_teachers_layers() -> None:
@@ -250,6 +308,32 @@ def test_stored_outputs_take_the_teachers_place() -> None:
     torch.testing.assert_close(step(objective, stored), step(objective, data), atol=1e-3, rtol=0)
     other = replace(data, teacher=Padded(values=frames.values + 1.0, lengths=frames.lengths))
     assert (step(objective, other) - step(objective, data)).abs() > 0.1
+
+
+def test_figures_of_a_teacher_layer_cover_all_student_layers_that_learn_from_it() -> None:
+    layers = LayerChoice(student=(0, 2), teacher=(3, 3))
+    objective = distillation("distil-alhubert", mel_model(2, 16), mel_model(3, 16), layers=layers).eval()
+    prepared = objective.prepare(batch("layers"), torch.Generator())
+    metrics = objective(prepared, prepared.weights).metrics
+    total, count = metrics["layer3_distance"]
+    mean, frames = metrics["distance_loss"]
+    assert count == 2 * frames
+    torch.testing.assert_close(total / count, mean / frames)
+    features = features_of(objective.student, prepared.inputs)
+    first = objective.estimates(objective.student_outputs(features, None))[:, :, 0]
+    distance_BT = (first - prepared.targets_BTLD[:, :, 0]).square().mean(-1)
+    assert (distance_BT[prepared.counted_BT].sum() / frames - total / count).abs() > 0.01  # the control: the first one alone
+
+
+def test_averaged_targets_leave_out_layers_without_a_feed_forward_part() -> None:
+    whole, pruned = wave_model(3, 16), wave_model(3, 16)
+    blocks = (*pruned.encoder.blocks[:2], replace(pruned.encoder.blocks[2], feedforward_dim=0))
+    pruned = replace(pruned, encoder=replace(pruned.encoder, blocks=blocks))
+    chosen = [loss_for("data2vec", mel_model(1, 16), teacher).target.layers for teacher in (whole, pruned)]
+    assert chosen == [(2, 3), (2,)]
+    distillation("data2vec", wave_model(1, 16), pruned, masking=MASKS)
+    with pytest.raises(ValueError, match="teacher layer 3 has no feed-forward part"):
+        distillation("data2vec", wave_model(1, 16), pruned, masking=MASKS, layers=LayerChoice(teacher=(2, 3)))
 
 
 def test_maps_of_equal_width_start_as_identity_and_are_shared() -> None:

@@ -14,6 +14,7 @@ from sslim.models.melhubert import melhubert
 from sslim.models.search_space import SearchSpace
 from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig, MaskEmbeddingConfig, build_head
 from sslim.objectives import MaskedPrediction, MaskedPredictionConfig, MaskingConfig
+from sslim.objectives.model_inputs import features_of
 from sslim.objectives.once_for_all import OnceForAll, OnceForAllConfig
 
 TINY = melhubert(
@@ -211,7 +212,7 @@ def test_metrics_count_what_they_say() -> None:
     objective = masked_prediction().eval()
     prepared = objective.prepare(batch(), torch.Generator().manual_seed(0))
     metrics = objective(prepared, prepared.weights).metrics
-    logits = objective.logits(objective.features_of(prepared.inputs), prepared.mask_BT)
+    logits = objective.logits(features_of(objective.model, prepared.inputs), prepared.mask_BT)
     for name, part in (("masked", prepared.mask_BT), ("unmasked", ~prepared.mask_BT)):
         part = part & (prepared.labels_BT != IGNORED_LABEL)
         want = (logits.argmax(-1) == prepared.labels_BT)[part].float().mean()

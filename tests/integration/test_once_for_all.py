@@ -156,7 +156,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(RuntimeError, match="begin_step"):
         supernet_objective().train()(None, {})
     inner.model.config = type(inner.model.config)(**{**vars(inner.model.config), "search_space": None})
-    with pytest.raises(ValueError, match="this model has no search space"):
+    with pytest.raises(ValueError, match="this toy model is no supernet: it has no search space"):
         OnceForAll(MaskedPrediction(inner.model, MaskedPredictionConfig(mask_at="projection")), OnceForAllConfig())
     with pytest.raises(ValueError, match="sandwich is -1"):
         OnceForAllConfig(sandwich=-1)

@@ -104,18 +104,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder: Path, iterated: Pat
     assert figures(again) == figures(whole)
 
 
-def test_two_processes_give_the_losses_of_one(folder: Path, iterated: Path) -> None:
-    common = ["pretrain", *TINY, folder / "corpus", "--labels", "mfcc-kmeans6", "--steps", 2]
-    assert run(*common, "--accumulate", 2, "--output", folder / "one") == 0
+def test_two_processes_give_the_losses_of_one(folder: Path) -> None:
+    """Over two iterations: the processes part between them, while the first one clusters, and meet again."""
+    assert run("prepare", folder / "audio", folder / "fresh") == 0
+    common = ["pretrain", *TINY, folder / "fresh", "--iterations", 2, "--steps", 2, *SMALL_TARGETS]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sslim"]
     process = subprocess.run(
         [*launcher, *map(str, common), "--output", str(folder / "two")],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    one, two = ([r["masked_loss"] for r in figures(folder / name) if r["kind"] == "train"] for name in ("one", "two"))
-    assert len(one) == 2
-    assert two == pytest.approx(one, rel=1e-5)
+    assert run(*common, "--accumulate", 2, "--output", folder / "one") == 0
+    for iteration in ("iteration-1", "iteration-2"):
+        one, two = (
+            [r["masked_loss"] for r in figures(folder / name / iteration) if r["kind"] == "train"] for name in ("one", "two")
+        )
+        assert len(one) == 2
+        assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_a_second_stage_keeps_the_front_end_and_the_head_where_asked(folder: Path, iterated: Path) -> None:

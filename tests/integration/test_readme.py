@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 import shlex
@@ -32,8 +31,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 def parse(words: list[str]) -> object:
-    verb, *arguments = words
-    return cli.parse_options(verb, importlib.import_module(cli.VERBS[verb][0]), arguments)
+    name, module, arguments = cli.find_command(words)
+    assert module is not None
+    return cli.parse_options(name, module, arguments)
 
 
 def test_the_file_tree_is_the_packages():

@@ -97,6 +97,8 @@ def test_a_front_with_latency_and_extracted_models(place, tmp_path, capsys) -> N
     assert table == (tmp_path / "table.txt").read_text()
     assert "front-1" in table
     assert "measured ms" in table
+    ratios = sorted(row["measured_ms"] / row["costs"]["latency_ms"] for row in named.values())
+    assert f"{sum(ratios) / 2:.2f} times the prediction" in " ".join(table.split())
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -138,12 +140,60 @@ def test_a_killed_command_goes_on_to_the_same_result(place, tmp_path, monkeypatc
     assert len(evaluated) == len(set(evaluated)) == len(result(tmp_path / "cut")["candidates"]) > len(whole["candidates"])
 
 
+def test_models_of_a_shorter_front_do_not_stay(place, tmp_path) -> None:
+    """A longer search of the folder has another front, so the names of the first one must not outlive it."""
+    run(place, tmp_path, "--algorithm", "pareto", "--generations", "0", "--extract", "99")
+    before = {folder.name for folder in tmp_path.glob("front-*")}
+    assert before == {f"front-{number}" for number in range(1, len(before) + 1)}
+    assert len(before) > 2
+    run(place, tmp_path, "--algorithm", "pareto", "--generations", "1", "--extract", "2")
+    assert {folder.name for folder in tmp_path.glob("front-*")} == {"front-1", "front-2"}
+    for row in result(tmp_path)["candidates"]:
+        if row["name"]:
+            assert load_model(tmp_path / row["name"]).num_parameters(with_heads=False) == row["costs"]["params"]
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_the_best_is_among_the_extracted(place, tmp_path, count: str) -> None:
+    """On a front of two costs too, where it need not be at an end."""
+    run(place, tmp_path, "--generations", "1", "--front", "macs", "params", "--extract", count, "--seed", "2")
+    rows = [row for row in result(tmp_path)["candidates"] if row["on_front"]]
+    named = [row for row in rows if row["name"]]
+    assert len(named) == int(count) < len(rows)
+    assert min(row["loss"] for row in named) == min(row["loss"] for row in result(tmp_path)["candidates"])
+    assert [row["costs"]["macs"] for row in sorted(named, key=lambda row: row["name"])] == sorted(
+        row["costs"]["macs"] for row in named
+    )
+
+
+def test_the_table_is_ordered_by_the_cost_searched_for(place, tmp_path, capsys) -> None:
+    run(place, tmp_path, "--algorithm", "pareto", "--generations", "1", "--front", "macs", "--extract", "99")
+    rows = {row["name"]: row["costs"]["macs"] for row in result(tmp_path)["candidates"] if row["name"]}
+    assert list(rows.values()) != sorted(rows.values())  # evaluated in another order
+    text = capsys.readouterr()
+    order = [word for word in text.out.replace("│", " ").split() if word.startswith("front-")]
+    assert [rows[name] for name in order] == sorted(rows.values())
+    assert f"the front has {len(rows)} subnets: that many models are written, not 99" in text.err
+
+
 def test_another_search_in_the_folder_is_refused(place, tmp_path) -> None:
     run(place, tmp_path, "--generations", "0")
     with pytest.raises(ValueError, match=r"holds another search \(search.seed was 0, now 1\)"):
         run(place, tmp_path, "--generations", "0", "--seed", "1")
     with pytest.raises(ValueError, match=r"fitness.crop_s was 10.0, now 0.2"):
         run(place, tmp_path, "--generations", "0", "--crop-seconds", "0.2")
+
+
+def test_nothing_is_measured_for_budgets_that_cannot_be_met(place, tmp_path, monkeypatch) -> None:
+    def measured(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(search_recipe, "measure_latency", measured)
+    with pytest.raises(ValueError, match="the smallest subnet has 2,428 parameters, more than the budget of 1,000"):
+        run(place, tmp_path / "a", "--budget", "params=1k", "--budget", "latency_ms=5")
+    with pytest.raises(AssertionError):  # the control
+        run(place, tmp_path / "b", "--budget", "params=1M", "--budget", "latency_ms=5")
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_cannot_work_is_one_sentence(place, tmp_path) -> None:
@@ -155,6 +205,21 @@ def test_what_cannot_work_is_one_sentence(place, tmp_path) -> None:
         compress_search.main(options)
     with pytest.raises(ValueError, match="target_layers is 5; the teacher has 2 layers"):
         run(place, tmp_path / "c", "--target-layers", "5")
+    with pytest.raises(ValueError, match="-1 models are to be extracted"):
+        run(place, tmp_path / "c", "--extract", "-1")
+    with pytest.raises(ValueError, match="mask probability 0 hides no frame"):
+        run(place, tmp_path / "c", "--mask-probability", "0")
+    with pytest.raises(ValueError, match="1 utterances to validate on are too few"):
+        run(place, tmp_path / "c", "--utterances", "1")
+    with pytest.raises(ValueError, match="crop_s is 0; expected seconds above 0"):
+        run(place, tmp_path / "c", "--crop-seconds", "0")
+    with pytest.raises(ValueError, match="measured in 0 rounds"):
+        run(place, tmp_path / "c", "--latency-repeats", "0")
+    with pytest.raises(ValueError, match="device is 'gpu'; accepted are cpu"):
+        run(place, tmp_path / "c", "--device", "gpu")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file; name a folder for the search"):
+        run(place, tmp_path / "file")
     headless = replace(CONFIG, heads={})
     with pytest.raises(ValueError, match="has no head 'distillation'"):
         build_fitness(built(headless, 1), built(TEACHER, 2), Corpus.open(place / "corpus"), None, FitnessConfig())

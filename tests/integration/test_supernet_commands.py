@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 import torch
 import tyro
 
+import sslim.recipes.search as search_recipe
 from sslim.batch import Padded
 from sslim.checkpoints import load_model, save_model
-from sslim.commands import compress_extract, compress_supernet
+from sslim.commands import compress_extract, compress_search, compress_supernet
 from sslim.config import dump_json, to_plain
+from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
 from sslim.data.prepare import prepare
 from sslim.data.sources import Source, SourceUtterance
@@ -20,15 +24,18 @@ from sslim.models import build_model
 from sslim.models.elastic import run_subnet
 from sslim.models.melhubert import melhubert_frontend
 from sslim.models.search_space import SearchSpace
+from sslim.recipes.corpus_batches import split_utterances
 from sslim.recipes.melhubert import melhubert_tiny
+from sslim.recipes.subnet_fitness import FitnessConfig, build_fitness, halves_of
 from sslim.recipes.supernet import RECIPES, read_recipe, stage_training
 
 SPACE = SearchSpace(dims=(16, 32), num_heads=(2, 4), feedforward_ratios=(1.0, 2.0), num_layers=(1, 2))
 QUICK = ["--steps", "4", "--batch-s", "8", "--threads", "1", "--set", "training.log_every=1", "--set", "training.save_every=2"]
+QUICK += ["--set", "data.valid_share=0.25"]
 
 
 def run(method: str, *arguments: object) -> None:
-    module = {"supernet": compress_supernet, "extract": compress_extract}[method]
+    module = {"supernet": compress_supernet, "search": compress_search, "extract": compress_extract}[method]
     module.main(tyro.cli(module.Options, args=[str(argument) for argument in arguments]))  # type: ignore[attr-defined]
 
 
@@ -50,6 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     save_model(build_model(melhubert_tiny().model, torch.Generator().manual_seed(0)), folder / "teacher")
     (folder / "space.json").write_text(dump_json(to_plain(SPACE)))
+    (folder / "list.json").write_text("[1]")
     common = ["supernet-mini", folder / "teacher", folder / "corpus", *QUICK, "--space", folder / "space.json"]
     common += ["--set", "objective.target.layers=[1, 2]"]
     run("supernet", *common, "--output", folder / "one", "--stage", "1")
@@ -92,16 +100,58 @@ def test_an_extracted_model_gives_what_the_subnet_gives(place: Path, tmp_path: P
         assert other.shape != alone.final.shape  # the control
 
 
+def test_a_search_compares_subnets_as_they_were_trained(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loss, masks and held-out utterances are those of the run; without it, or where these are too few, a tenth is held out."""
+    asked: list[FitnessConfig] = []
+
+    def build(supernet, teacher, corpus, labels, config, device, say):  # type: ignore[no-untyped-def]
+        asked.append(config)
+        return build_fitness(supernet, teacher, corpus, labels, config, device, say)
+
+    monkeypatch.setattr(search_recipe, "build_fitness", build)
+    common = ["corpus", "--generations", "0", "--population", "4", "--output"]
+    monkeypatch.chdir(place)
+    run("search", "two", "teacher", *common, tmp_path / "distance")
+    run("search", "labels", "none", *common, tmp_path / "labels", "--labels", "made", "--seed", "5")
+    corpus = Corpus.open(place / "corpus")
+    for name, config in zip(("two", "labels"), asked, strict=True):
+        recipe = read_recipe(str(place / name / "run.json"))
+        assert (config.objective, config.prediction) == (recipe.objective, recipe.prediction)
+        _, held_out = split_utterances(corpus, recipe.data, recipe.training.seed)
+        assert sorted(np.concatenate(halves_of(corpus, config))) == sorted(held_out)
+        assert len(held_out) == 3
+    assert asked[1].prediction == replace(read_recipe("supernet-mini").prediction, unmasked_weight=0.5)
+    shutil.copytree(place / "two" / "model", tmp_path / "alone")  # without its run nothing is known of the training
+    with pytest.raises(ValueError, match="has 1 utterances to validate on, and a search needs 2 or more"):  # a tenth of twelve
+        run("search", tmp_path / "alone", "teacher", *common, tmp_path / "other")
+    assert len(asked) == 2
+    shutil.copytree(place / "two", tmp_path / "few")
+    described = json.loads((tmp_path / "few" / "run.json").read_text())
+    described["recipe"]["data"]["valid_share"] = 0.01
+    (tmp_path / "few" / "run.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="name another split to validate on, or search with another corpus"):
+        run("search", tmp_path / "few", "teacher", *common, tmp_path / "other")
+    assert "training held out 1 utterances, which is too few: others, which it learnt from, join" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("extract", "two", "--subnet", "mx", "--output", "new"), "no subnet 'mx'; did you mean 'max'"),
         (("extract", "two", "--subnet", "default", "--output", "new"), "no default subnet"),
         (("extract", "two", "--subnet", "min", "--output", "teacher"), "is not empty"),
+        (("extract", "two", "--subnet", "min", "--output", "space.json"), "space.json is a file: name a new folder"),
+        (("search", "teacher", "teacher", "corpus", "--output", "new"), "teacher is no supernet: it has no search space"),
         (("extract", "teacher", "--subnet", "min", "--output", "new"), "is no supernet"),
         (("supernet", "supernet-mni", "teacher", "corpus", "--output", "new"), "did you mean 'supernet-mini'"),
         (("supernet", "supernet-mini", "teacher", "corpus", "--output", "new"), "cannot be a supernet of that space: dim 96"),
         (("supernet", "supernet-mini", "teacher", "corpus", "--output", "new", "--space", "mibi"), "did you mean 'mini'"),
+        (
+            ("supernet", "supernet-mini", "teacher", "corpus", "--output", "new", "--space", "list.json"),
+            "list.json holds a list",
+        ),
         (("supernet", "supernet-mini", "teacher", "corpus", "--output", "new", "--compile"), "leave it out in stage 2"),
     ],
 )

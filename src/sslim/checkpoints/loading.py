@@ -16,6 +16,7 @@ from sslim.checkpoints.importers import (
     huggingface,
     lighthubert,
     melhubert,
+    s3prl,
 )
 from sslim.checkpoints.native import DESCRIPTION, assemble, load_native
 from sslim.checkpoints.restricted_pickle import OPTIMISER_KEYS, CheckpointError, read_pickle
@@ -60,7 +61,8 @@ def load_model(
             ``whole`` keeps the supernet, to train or search it further. None is the default subnet where one is known, else
             the whole.
         compat: ``reference`` makes a convolutional front-end treat padding as the reference implementation does (see
-            ``ConvFrontendConfig``): features then depend on what an utterance is batched with.
+            ``ConvFrontendConfig``), and cuts long inputs where S3PRL does (see ``ChunkingConfig``): features then depend on
+            what an utterance is batched with.
 
     Returns:
         The model in eval mode on the CPU, with its provenance.
@@ -103,10 +105,17 @@ def _chosen_subnet(model: SpeechModel, choice: str | Mapping[str, Any] | None, p
 def _with_compat(model: SpeechModel, compat: Literal["reference"], path: Path) -> SpeechModel:
     if compat != "reference":
         raise ValueError(f"compat={compat!r} is unknown; accepted: 'reference', or None")
-    if not isinstance(model.config.frontend, ConvFrontendConfig):
-        raise ValueError(f"{path} has no convolutional front-end: compat={compat!r} changes nothing, leave it out")
+    config = model.config
+    if isinstance(config.frontend, ConvFrontendConfig):
+        config = replace(config, frontend=replace(config.frontend, compat=compat))
+    elif config.chunking is not None:
+        config = replace(config, chunking=replace(config.chunking, compat=compat))
+    else:
+        raise ValueError(
+            f"{path} has no convolutional front-end and no limit on its inputs: compat={compat!r} changes nothing, leave it out"
+        )
     return assemble(
-        replace(model.config, frontend=replace(model.config.frontend, compat=compat)),
+        config,
         model.state_dict(),
         model.provenance,
         source=str(path),
@@ -114,22 +123,32 @@ def _with_compat(model: SpeechModel, compat: Literal["reference"], path: Path) -
 
 
 def _import_folder(path: Path) -> SpeechModel:
-    if (path / DESCRIPTION).is_file() or not huggingface.is_folder(path):
+    if (path / DESCRIPTION).is_file():
         return load_native(path)
+    if not huggingface.is_folder(path):
+        inner = path / "model"  # where a run keeps its model
+        hint = f"; its folder {inner} is one" if (inner / DESCRIPTION).is_file() else ""
+        raise CheckpointError(
+            f"{path} is no model folder: it has no {DESCRIPTION} (sslim) and no {huggingface.CONFIG} (Hugging Face){hint}"
+        )
     imported = huggingface.convert_folder(path)
     provenance = [{"action": "import", "format": huggingface.NAME, "file": path.resolve().name, **imported.notes}]
     return assemble(imported.config, imported.state, provenance, source=str(path))
 
 
 def _import_file(path: Path, subnet: str | Mapping[str, Any] | None) -> SpeechModel:
-    if path.name == DESCRIPTION:
+    if path.name in (DESCRIPTION, huggingface.CONFIG):
         raise CheckpointError(f"{path} is the description of a model: give its folder {path.parent}")
+    if path.suffix == ".bin" and huggingface.is_folder(path.parent):
+        raise CheckpointError(f"{path} holds tensors without their description: give their folder {path.parent}")
     contents = read_pickle(path, skip=OPTIMISER_KEYS)
     for importer in IMPORTERS:
         if importer.recognises(contents):
             imported = importer.convert(contents, str(path))
             if imported.undecided_subnet and subnet != "whole" and not isinstance(subnet, Mapping):
-                raise CheckpointError(f"{path} {imported.undecided_subnet}: give the subnet's sizes, subnet={{...}}")
+                raise CheckpointError(
+                    f"{path} {imported.undecided_subnet}: give the subnet's sizes, subnet={{...}}, or subnet='whole'"
+                )
             provenance = [{"action": "import", "format": importer.name, "file": path.name, **imported.notes}]
             return assemble(imported.config, imported.state, provenance, source=str(path))
     raise CheckpointError(
@@ -195,5 +214,11 @@ IMPORTERS = (
         recognises=hubert.recognises,
         convert=hubert.convert,
         holds="cfg or args, model; or task_cfg, model_cfg, model_weight; a folder with config.json is Hugging Face's",
+    ),
+    Importer(
+        name="S3PRL",
+        recognises=s3prl.recognises,
+        convert=s3prl.convert,
+        holds="Transformer or Mockingjay, and transformer in Settings.Config, Config or Upstream_Config",
     ),
 )

@@ -18,6 +18,7 @@ from sslim.config import from_plain, read_json, to_plain
 from sslim.frontends import build_frontend
 from sslim.models import ModelConfig, SpeechModel
 from sslim.models.speech import restore_statistics
+from sslim.models.storage import loaded_state, stored_state
 from sslim.storage import atomic_folder, check_folder, load_tensors, save_tensors, write_json
 
 FORMAT_VERSION = 1
@@ -33,7 +34,7 @@ def save_model(model: SpeechModel, folder: str | Path) -> None:
         folder: Where to.
 
     Raises:
-        ValueError: ``folder`` exists and is no model folder.
+        ValueError: ``folder`` exists and is no model folder, or a weight is too large for the model's storage.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / DESCRIPTION).is_file():
@@ -41,10 +42,11 @@ def save_model(model: SpeechModel, folder: str | Path) -> None:
             f"{folder} exists and is no model folder (no {DESCRIPTION}): it is not overwritten, choose another name"
         )
     assert model.frontend is None or model.config.frontend == model.frontend.config, "statistics set past SpeechModel"
+    state = stored_state(model)
     values = {"format_version": FORMAT_VERSION, "config": to_plain(model.config), "provenance": model.provenance}
     with atomic_folder(folder) as temporary:
         write_json(temporary / DESCRIPTION, values)
-        save_tensors(temporary / TENSORS, model.state_dict())
+        save_tensors(temporary / TENSORS, state)
 
 
 def load_native(folder: str | Path) -> SpeechModel:
@@ -72,7 +74,7 @@ def load_native(folder: str | Path) -> SpeechModel:
         raise CheckpointError(f"{folder} has no {TENSORS}")
     state = _separate_mask_embedding(values["config"], load_tensors(folder / TENSORS))
     config = from_plain(ModelConfig, values["config"], f"{description}: config")
-    return assemble(config, state, values["provenance"], source=str(folder))
+    return assemble(config, loaded_state(state, config.storage), values["provenance"], source=str(folder))
 
 
 def _separate_mask_embedding(config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,8 +126,10 @@ def _check_tensors(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], 
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, its description asks for {tuple(expected[name].shape)}"
             raise CheckpointError(f"{source}: {name} has shape {shapes}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{source}: {name} holds {tensor.dtype}, expected floating-point numbers")
+        dtype = expected[name].dtype
+        if tensor.is_floating_point() != dtype.is_floating_point or not (tensor.is_floating_point() or tensor.dtype is dtype):
+            wanted = "floating-point numbers" if dtype.is_floating_point else dtype
+            raise CheckpointError(f"{source}: {name} holds {tensor.dtype}, expected {wanted}")
 
 
 def _some(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""``sslim compress distil``: trains a small student on the layers of a teacher."""
+"""``sslim compress distil``: trains a small student on the layers or the cluster probabilities of a teacher."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Distil TEACHER into STUDENT on CORPUS. The same command continues an interrupted run. Labels are not needed.
+    """Distil TEACHER into STUDENT on CORPUS. The same command continues an interrupted run.
 
-    Example: `sslim compress distil distil-plain-mini runs/teacher corpora/speech --output runs/distilled`.
+    Labels are needed only where --alpha gives them a weight. Examples:
+    `sslim compress distil distil-plain-mini runs/teacher corpora/speech --output runs/distilled`,
+    `sslim compress distil distil-plain-mini runs/teacher corpora/speech --loss logits --temperature 2 --output runs/small`.
 
     Attributes:
         student: A recipe (distil-hubert, distil-alhubert-small, distil-plain-mini, …), a JSON file with one, a model
@@ -28,17 +30,25 @@ class Options:
         teacher: Model to learn from: a native folder, a run, or a foreign checkpoint.
         corpus: Folder made by `sslim prepare`.
         output: Run folder.
-        loss: distil-hubert (prediction heads), distil-alhubert (layer to layer), dp-hubert (layer to layer through maps) or
-            data2vec (mean of the last layers at hidden frames). Default: the recipe's, else distil-hubert.
+        loss: distil-hubert (prediction heads), distil-alhubert (layer to layer), dp-hubert (layer to layer through maps),
+            data2vec (mean of the last layers at hidden frames) or logits (cluster probabilities, of a teacher that was
+            trained to predict clusters). Default: the recipe's, else distil-hubert.
         layers: Teacher layers such as 4,8,12, or pairs of student and teacher layers such as 2:4,4:8. Counted from 1; 0 is the
             input projection.
         init_from_teacher: Teacher layers that the student's blocks start as, in order, such as 1,3 (0 leaves a block random);
             front-end, projection and positions are copied too. `none` starts everything at random.
+        temperature: With logits, what both sets of logits are divided by.
+        alpha: With logits, weight of the teacher; the labels have the rest. Default: 1, which needs no labels.
+        scale_by_temperature: With logits, multiply the teacher's term by the square of the temperature.
+        frames: With logits, all (nothing is hidden, all frames count) or masked (teacher and student see the same hidden
+            frames, which alone count).
+        teacher_sees_all: With logits and --frames masked, hide frames from the student only.
+        labels: With logits and --alpha below 1, the label set; needed when the corpus has several.
         cache_teacher: Folder for the teacher's outputs: made once, reused later. The teacher then sees whole utterances.
         steps: Optimiser steps.
         minutes: Stop after this long, at the end of a step.
         batch_s: Seconds of audio in a micro-batch.
-        accumulate: Micro-batches in a step, over all processes.
+        accumulate: Micro-batches of a step on each process.
         learning_rate: Peak learning rate.
         precision: fp32, or bf16 autocast (the teacher too).
         compile: Compile the objective with torch.compile.
@@ -57,6 +67,12 @@ class Options:
     loss: str | None = None
     layers: str | None = None
     init_from_teacher: str | None = None
+    temperature: float | None = None
+    alpha: float | None = None
+    scale_by_temperature: bool = False
+    frames: Literal["all", "masked"] | None = None
+    teacher_sees_all: bool = False
+    labels: str | None = None
     cache_teacher: Path | None = None
     steps: int | None = None
     minutes: float | None = None
@@ -84,6 +100,24 @@ def _init(text: str) -> TeacherInitConfig | None:
         raise ValueError(f"--init-from-teacher is {text!r}; expected teacher layers such as 1,3, or none") from error
 
 
+def _with_logit_settings(recipe: DistilRecipe, options: Options) -> DistilRecipe:
+    """The recipe with the options that belong to the loss ``logits``."""
+    from sslim.objectives import LogitDistillationConfig, MaskingConfig
+
+    names = ("temperature", "alpha", "scale_by_temperature", "frames", "teacher_sees_all")
+    values = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    if not given:
+        return recipe
+    objective = recipe.objective
+    if not isinstance(objective, LogitDistillationConfig):
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} belongs to --loss logits, and the loss is {recipe.loss}")
+    frames = given.pop("frames", None)
+    if frames is not None:
+        given["masking"] = (objective.masking or MaskingConfig()) if frames == "masked" else None
+    return replace(recipe, objective=replace(objective, **given))
+
+
 def _recipe(options: Options, teacher: ModelConfig) -> tuple[DistilRecipe, SpeechModel | None]:
     """The recipe with what the command line changes, and the student to start from if it exists already."""
     from sslim.commands.pretrain import changed, changes_of
@@ -106,6 +140,7 @@ def _recipe(options: Options, teacher: ModelConfig) -> tuple[DistilRecipe, Speec
         recipe = replace(found, objective=with_layers(found.objective, layers, found.model, teacher))
     else:
         recipe = found
+    recipe = _with_logit_settings(recipe, options)
     if options.init_from_teacher is not None:
         recipe = replace(recipe, init=_init(options.init_from_teacher))
     recipe = changed(recipe, changes_of(options))  # type: ignore[arg-type,assignment]
@@ -133,6 +168,7 @@ def main(options: Options) -> None:
         options.output,
         student=student,
         student_name=None if student is None else options.student,
+        labels_name=options.labels,
         cache_teacher=options.cache_teacher,
     )
     if not result.finished:

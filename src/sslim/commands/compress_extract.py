@@ -32,6 +32,8 @@ def main(options: Options) -> None:
     path = options.supernet / "model" if run else options.supernet
     if options.subnet == "whole":
         raise ValueError("--subnet whole is the supernet itself; name a subnet: default, max, min, a JSON object or a file")
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a file: name a new folder")
     if options.output.exists() and any(options.output.iterdir()):
         raise ValueError(f"--output {options.output} is not empty: name a new folder")
     model = load_model(path, subnet=subnet_choice(options.subnet))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -40,7 +40,7 @@ class Options:
     seed: int = 0
     """Decides everything random."""
     extract: int = 0
-    """Write so many models of the front, front-1 (cheapest), front-2, ..., as model folders."""
+    """Write so many models of the front, front-1 (cheapest), front-2, ..., the best among them, as model folders."""
     labels: str | None = None
     """Compare subnets by masked prediction of these labels, not with the teacher."""
     utterances: int = 200
@@ -48,7 +48,7 @@ class Options:
     crop_seconds: float = 10.0
     """Longer utterances are cut to this, at the same place for every subnet."""
     valid_split: str | None = None
-    """Split of the corpus to validate on; dev or valid when not given, else a held-out tenth."""
+    """Split of the corpus to validate on; when not given, what the supernet's training held out, else dev, valid or a tenth."""
     mask_probability: float | None = None
     """Share of frames hidden from the subnets, in spans of ten, and compared; when not given, as the supernet was trained."""
     target_layers: int | None = None
@@ -59,8 +59,8 @@ class Options:
     """Length of audio that MACs and latency are for."""
     threads: int = 1
     """Threads that latency is measured with."""
-    latency_repeats: int = 10
-    """Rounds of every latency measurement; the median counts."""
+    latency_repeats: int | None = None
+    """Rounds of every latency measurement, whose median counts; when not given, 10 or as many as 15 seconds allow."""
     device: str = "cpu"
     """Where losses are computed: cpu, cuda, cuda:1."""
 
@@ -78,7 +78,12 @@ def main(options: Options) -> None:
 
     console = Console(stderr=True, highlight=False)
     budgets = tuple(parse_budget(text) for text in options.budget)
-    hidden = MaskingConfig(probability=options.mask_probability, span_length=10) if options.mask_probability else None
+    hidden = None
+    if options.mask_probability is not None:
+        hidden = MaskingConfig(probability=options.mask_probability, span_length=10)
+    rounds: dict[str, Any] = {}
+    if options.latency_repeats is not None:
+        rounds = {"latency_repeats": options.latency_repeats, "latency_least_s": 0.0}
     recipe = SearchRecipe(
         search=SearchConfig(
             algorithm=options.algorithm,
@@ -98,7 +103,7 @@ def main(options: Options) -> None:
         ),
         conditions=Conditions(seconds=options.seconds, threads=options.threads),
         latency=options.latency,
-        latency_repeats=options.latency_repeats,
+        **rounds,
     )
     run_search(
         recipe,

@@ -47,7 +47,7 @@ class Options:
     batch_s: float | None = None
     """Seconds of audio in a micro-batch."""
     accumulate: int | None = None
-    """Micro-batches in a step, over all processes."""
+    """Micro-batches of a step on each process."""
     learning_rate: float | None = None
     """Peak learning rate."""
     precision: Literal["fp32", "bf16"] | None = None

@@ -13,16 +13,21 @@ import tyro
 class Options:
     """Write a model in the layout of another toolkit.
 
+    Example: sslim export runs/hubert/model --output hubert_hf --format huggingface
+
     Attributes:
         model: A model folder, or a foreign checkpoint.
-        output: What to write: a file (melhubert) or a folder (huggingface).
+        output: What to write: a file (melhubert, s3prl) or a folder (huggingface).
         format: melhubert is the reference implementation's .ckpt, which holds no mean and standard deviation of features;
-            huggingface is a folder for transformers' HubertModel, in which shared layers are unrolled.
+            huggingface is a folder for transformers' HubertModel, in which shared layers are unrolled; s3prl is a .ckpt of
+            Mockingjay, TERA or AALBERT in S3PRL's later container.
+        subnet: Of a supernet: default, max, min, a JSON object, a .json file.
     """
 
     model: tyro.conf.Positional[Path]
     output: Path
-    format: Literal["melhubert", "huggingface"] = "melhubert"
+    format: Literal["melhubert", "huggingface", "s3prl"] = "melhubert"
+    subnet: str | None = None
 
 
 def main(options: Options) -> None:
@@ -33,12 +38,19 @@ def main(options: Options) -> None:
     """
     from sslim.checkpoints import load_model
     from sslim.checkpoints.exporters import EXPORTERS
+    from sslim.checkpoints.exporters.huggingface import num_exported_parameters
+    from sslim.commands.subnet_choice import subnet_choice
 
-    model = load_model(options.model)
+    model = load_model(options.model, subnet=subnet_choice(options.subnet))
     EXPORTERS[options.format](model, options.output)
-    print(f"{options.output}: {options.format}, {model.num_parameters():,} parameters")
+    to_huggingface = options.format == "huggingface"
+    size = num_exported_parameters(model.config) if to_huggingface else model.num_parameters()
+    print(f"{options.output}: {options.format}, {size:,} parameters")
+    encoder = model.config.encoder
+    if to_huggingface and (shared := len(set(encoder.depth_map))) < encoder.num_layers:
+        print(f"  {shared} shared blocks unrolled to {encoder.num_layers} layers, of {model.num_parameters():,} parameters")
     if model.frontend is not None and model.frontend.statistics_source is not None:
         print(f"  not in it: the features' statistics ({model.frontend.statistics_source})")
-    left_out = sorted(set(model.config.heads) - {"mask"}) if options.format == "huggingface" else []
+    left_out = sorted(set(model.config.heads) - {"mask"}) if to_huggingface else []
     if left_out:
         print(f"  not in it: the heads {', '.join(left_out)}")

@@ -13,7 +13,7 @@ class Options:
     """Read a foreign checkpoint and write a native model folder. Nothing in the file is executed.
 
     Known: MelHuBERT of any generation, HuBERT (fairseq, S3PRL, Hugging Face), DistilHuBERT, DistilALHuBERT, LightHuBERT,
-    DPHuBERT and DPWavLM, pruned and distilled ones too.
+    DPHuBERT and DPWavLM, Mockingjay, TERA and AALBERT (S3PRL), pruned and distilled ones too.
 
     Attributes:
         foreign: The checkpoint file, or a Hugging Face folder.
@@ -43,7 +43,7 @@ def main(options: Options) -> None:
     notes = model.provenance[0]
     size = f"{model.num_layers} layers of width {model.config.encoder.dim}, {model.num_parameters():,} parameters"
     print(f"{options.folder}: {notes.get('format', model.config.family)}, {size}")
-    for key in ("frontend", "masked_weights", "kept_heads", "pruned_heads", "stated_feedforward_dim"):
+    for key in ("frontend", "masked_weights", "kept_heads", "pruned_heads", "stated_feedforward_dim", "shared_layers"):
         if key in notes:
             print(f"  {key.replace('_', ' ')}: {notes[key]}")
     normalization = getattr(model.config.frontend, "normalization", None)

@@ -34,7 +34,7 @@ class Options:
         steps: Optimiser steps.
         minutes: Stop after this long, at the end of a step.
         batch_s: Seconds of audio in a micro-batch.
-        accumulate: Micro-batches in a step, over all processes.
+        accumulate: Micro-batches of a step on each process.
         learning_rate: Peak learning rate.
         precision: fp32, or bf16 autocast.
         compile: Compile the objective with torch.compile.
@@ -148,13 +148,9 @@ def _corpus(options: Options, sets: tuple[str, ...]) -> Path:
         given = Path(options.recipe)  # with the YAML files the only positional argument is the corpus
     if given is not None:
         return given
-    if not sets:
-        raise ValueError("no corpus given: name a folder made by `sslim prepare`")
-    from sslim.recipes.melhubert_yaml import prepare_sets
+    from sslim.recipes.melhubert_yaml import corpus_of_sets
 
-    folder = options.output.with_name(f"{options.output.name}-corpus")
-    print(f"preparing {', '.join(sets)} as {folder}")
-    return prepare_sets([Path(path) for path in sets], folder)
+    return corpus_of_sets(sets, options.output, print)
 
 
 def main(options: Options) -> None:

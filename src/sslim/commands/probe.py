@@ -22,7 +22,7 @@ class Options:
     task: tyro.conf.Positional[Literal["label", "speaker", "phones"]]
     """What to classify: a column of the manifest, by utterance, or the phones of its alignments, by frame."""
     models: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Model folders or checkpoints; without any, only the log-Mel baseline is probed."""
+    """Model folders, run folders or checkpoints; without any, only the log-Mel baseline is probed."""
     corpus: Path
     """Folder that `sslim prepare` wrote."""
     output: Path | None = None
@@ -100,10 +100,9 @@ def main(options: Options) -> None:
 
 def _named(path: Path, options: Options) -> NamedModel:
     from sslim.checkpoints import load_model
+    from sslim.checkpoints.model_files import model_name, model_path, tensors_digest
     from sslim.probes import NamedModel
-    from sslim.storage import file_digest
 
-    model = load_model(path, statistics=options.statistics).to(options.device)
-    file = path / "model.safetensors" if path.is_dir() else path
-    name = path.name if path.name != "model" else path.resolve().parent.name  # a run's final model is in RUN/model
-    return NamedModel(name=name, model=model, path=str(path), digest=file_digest(file))
+    place = model_path(path)
+    model = load_model(place, statistics=options.statistics).to(options.device)
+    return NamedModel(name=model_name(place), model=model, path=str(place), digest=tensors_digest(place))

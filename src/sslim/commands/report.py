@@ -1,4 +1,4 @@
-"""``sslim report``: runs, corpora and result cards on one HTML page."""
+"""``sslim report``: runs, corpora, searches, result cards and profiles on one HTML page."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write one HTML page about training runs, corpora and probe results. It needs no network and no other file.
+    """Write one HTML page about training runs, corpora, searches, probe results and profiles. It needs no network.
 
-    A run's page includes the result cards in its folder and the corpus it was trained on.
+    A run's page includes the results in its folder and the corpus it was trained on. Where two models or more were probed on
+    one task, Pareto fronts show their scores against parameters, MACs and, with profiles of the same models, latency.
 
     Attributes:
-        paths: Run folders, corpus folders and result cards (JSON), in any order.
+        paths: Run, corpus and search folders, files of `sslim probe` and `sslim profile`, and folders of these, in any order.
         output: HTML file to write.
         title: Heading of the page; by default the names of what it is about.
+        pictures: Folder to write fronts and speed-ups to as pictures for paper, too (PNG).
     """
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
     output: Path = Path("report.html")
     title: str = ""
+    pictures: Path | None = None
 
 
 def main(options: Options) -> None:
@@ -30,6 +33,6 @@ def main(options: Options) -> None:
     from sslim.report import write_report
 
     if not options.paths:
-        raise ValueError("nothing to report: give run folders, corpus folders or result cards")
-    write_report(options.paths, options.output, title=options.title)
+        raise ValueError("nothing to report: give run, corpus or search folders, result cards or profiles")
+    write_report(options.paths, options.output, title=options.title, pictures=options.pictures)
     print(options.output)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sslim.compress.genome import Genome, neighbours, to_subnet
+from sslim.compress.genome import Genome, draw, neighbours, to_subnet
 from sslim.config import nearest
 from sslim.models.search_space import SearchSpace, Subnet
 
@@ -16,6 +16,7 @@ UNITS = {
     "macs": "multiply-accumulates for each second of audio",
     "latency_ms": "milliseconds",
 }
+FEASIBLE_TRIES = 40  # repairs of drawn subnets that all fail before it is taken that nothing lies within the budgets
 _FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _NUMBER = r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*([kmgt]?)"
 
@@ -71,10 +72,19 @@ class Costs:
             self._known[subnet] = {name: cost(subnet) for name, cost in self.functions.items()}
         return self._known[subnet]
 
+    def nearest(self, budgets: Sequence[Budget]) -> dict[str, float]:
+        """Returns the costs of that subnet among those asked for which comes nearest to the budgets."""
+        return min(self._known.values(), key=lambda costs: misses(costs, budgets))
+
 
 def excess(costs: Mapping[str, float], budgets: Sequence[Budget]) -> list[Budget]:
     """Returns the budgets whose maximum is exceeded."""
     return [budget for budget in budgets if costs[budget.name] > budget.maximum]
+
+
+def amount(value: float) -> str:
+    """Returns a cost for people: whole numbers from a thousand on, else four digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def fits(costs: Mapping[str, float], budgets: Sequence[Budget]) -> bool:
@@ -83,24 +93,44 @@ def fits(costs: Mapping[str, float], budgets: Sequence[Budget]) -> bool:
 
 
 def check_feasible(space: SearchSpace, costs: Costs, budgets: Sequence[Budget]) -> None:
-    """Finds out before anything is searched that a budget cannot be met.
+    """Finds out before anything is searched that the budgets cannot be met, or not all of them by one subnet.
 
     Raises:
-        ValueError: The smallest subnet exceeds a maximum, or the largest stays below a minimum.
+        ValueError: The smallest subnet exceeds a maximum, the largest stays below a minimum, or nothing was found in between.
     """
     smallest, largest = costs(space.smallest()), costs(space.largest())
     for budget in budgets:
         if budget.name not in smallest:
             raise ValueError(f"the budget {budget.name} needs a cost of that name; there are {', '.join(smallest)}")
-        unit = UNITS[budget.name]
-        if smallest[budget.name] > budget.maximum:
+        least, most, unit = smallest[budget.name], largest[budget.name], UNITS[budget.name]
+        if least > budget.maximum:
             raise ValueError(
-                f"the smallest subnet has {smallest[budget.name]:,.4g} {unit}, more than the budget of {budget.maximum:,.4g}"
+                f"the smallest subnet has {amount(least)} {unit}, more than the budget of {amount(budget.maximum)}"
             )
-        if largest[budget.name] < budget.minimum:
-            raise ValueError(
-                f"the largest subnet has {largest[budget.name]:,.4g} {unit}, less than the {budget.minimum:,.4g} asked for"
-            )
+        if most < budget.minimum:
+            raise ValueError(f"the largest subnet has {amount(most)} {unit}, less than the {amount(budget.minimum)} asked for")
+    rng = random.Random(0)
+    if fits(smallest, budgets) or fits(largest, budgets):
+        return
+    if not any(repair(space, draw(space, rng), costs, budgets, rng) for _ in range(FEASIBLE_TRIES)):
+        raise ValueError(nothing_fits(costs, budgets))
+
+
+def nothing_fits(costs: Costs, budgets: Sequence[Budget]) -> str:
+    """Returns the sentence for budgets within which no subnet was found: it names the nearest one that was looked at."""
+    nearest_costs = costs.nearest(budgets)
+    wanted = " and ".join(
+        f"{f'{amount(budget.minimum)} to ' if budget.minimum else ''}{amount(budget.maximum)} {UNITS[budget.name]}"
+        for budget in budgets
+    )
+    found = " and ".join(amount(nearest_costs[name]) for name in dict.fromkeys(budget.name for budget in budgets))
+    return f"no subnet was found within {wanted}; the nearest has {found}: widen the budget"
+
+
+def misses(costs: Mapping[str, float], budgets: Sequence[Budget]) -> float:
+    """Returns how far costs lie outside their bounds, as shares of these, summed; 0 where they fit."""
+    over = sum(max(0.0, costs[budget.name] / budget.maximum - 1.0) for budget in budgets)
+    return over + sum(max(0.0, 1.0 - costs[budget.name] / budget.minimum) for budget in budgets if budget.minimum)
 
 
 def repair(space: SearchSpace, genome: Genome, costs: Costs, budgets: Sequence[Budget], rng: random.Random) -> Genome | None:

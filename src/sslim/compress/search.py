@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from sslim.compress.budgets import Budget, Costs, check_feasible, fits, repair
+from sslim.compress.budgets import Budget, Costs, check_feasible, fits, nothing_fits, repair
 from sslim.compress.genome import Genome, cross, draw, from_subnet, mutate, to_subnet
 from sslim.compress.pareto import pareto_front, rank
 from sslim.compress.search_journal import Fitness, SearchJournal
@@ -163,7 +163,7 @@ class _Search:
         genomes = [from_subnet(self.space, subnet) for subnet in known]
         genomes += self.new(self.draw, self.config.population - len(genomes), genomes)
         if not genomes:
-            raise ValueError("no subnet was found within all budgets together; widen one of them")
+            raise ValueError(nothing_fits(self.costs, self.budgets))
         return genomes
 
     def child(self, parent: Callable[[], Candidate]) -> Genome:

@@ -13,7 +13,7 @@ import numpy as np
 from sslim.audio import stack_reach
 from sslim.data.corpus import Corpus
 from sslim.data.sources import Segment
-from sslim.frontends.config import ConvFrontendConfig, FilterbankConfig, FrontendConfig
+from sslim.frontends.config import ConvFrontendConfig, FilterbankConfig, FrontendConfig, StftConfig
 
 NO_SEGMENT = -1
 ROUNDING_S = (
@@ -25,11 +25,14 @@ def frame_length_s(config: FrontendConfig) -> float:
     """Returns the seconds of sound that a frame of the front-end's output sees, counted from the start of its shift.
 
     With ``snip_edges`` frame t sees t shifts to t shifts + window, and a stacked one from its first window's start to its last
-    one's end. Without, windows are centred on their shifts, so a frame stands for its shifts alone.
+    one's end. Without, windows are centred on their shifts, so a frame stands for its shifts alone. A frame of a centred
+    transform stands for the very moment that its shift starts with: no seconds at all, unless several are stacked.
     """
     if isinstance(config, ConvFrontendConfig):
         return stack_reach([(layer.kernel, layer.stride) for layer in config.layers])[0] / config.sample_rate
     features = config.features
+    if isinstance(features, StftConfig):
+        return features.frame_shift_ms * (config.stack - 1) / 1000
     bank = features if isinstance(features, FilterbankConfig) else features.filterbank
     if not bank.snip_edges:
         return bank.frame_shift_ms * config.stack / 1000

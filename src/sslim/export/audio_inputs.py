@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslim.audio import AudioError, audio_info, num_resampled_samples, read_audio
 from sslim.data.corpus import DESCRIPTION, Corpus
-from sslim.models.encoding import Inputs, corpus_inputs
+from sslim.models.encoding import Inputs, corpus_inputs, model_frame_shift_s
 from sslim.models.speech import SpeechModel
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph", ".w64", ".caf"})
@@ -98,7 +98,7 @@ def open_audio(arguments: Sequence[Path], model: SpeechModel) -> Utterances:
     if corpora:
         corpus = Corpus.open(_corpus_folder(corpora[0]))
         ids = tuple(corpus.ids())
-        period_s = corpus.base_frame_shift_s if model.frontend is None else model.frontend.frame_shift_s
+        period_s = model_frame_shift_s(model, corpus)
         return Utterances(ids=ids, paths=ids, inputs=lambda kept: corpus_inputs(model, corpus, kept), frame_period_s=period_s)
     if model.frontend is None:
         raise ValueError(f"this {model.config.family} model takes features, not waveforms: extract from a corpus folder")

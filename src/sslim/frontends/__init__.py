@@ -16,6 +16,7 @@ from sslim.frontends.config import (
     NormalizationConfig,
     SpectralFrontendConfig,
     SpectrogramConfig,
+    StftConfig,
     Window,
 )
 from sslim.frontends.convolution import ConvFrontend
@@ -55,6 +56,7 @@ __all__ = [
     "SpectralFrontend",
     "SpectralFrontendConfig",
     "SpectrogramConfig",
+    "StftConfig",
     "Window",
     "build_frontend",
     "load_statistics",

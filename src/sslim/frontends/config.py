@@ -76,7 +76,37 @@ class SpectrogramConfig:
     filterbank: FilterbankConfig = FilterbankConfig()
 
 
-FeaturesConfig = FilterbankConfig | MfccConfig | SpectrogramConfig
+@dataclass(frozen=True, kw_only=True)
+class StftConfig:
+    """Centred short-time Fourier transform: powers, or Mel channels of them (S3PRL's ``OnlinePreprocessor``).
+
+    Frame t is centred on sample ``t * shift``, the waveform mirrored at both ends; the Hann window is periodic; the triangular
+    channels (HTK's Mel scale) are linear in Hz and not normalised. With 128 channels and ``log_offset`` 1e-6, a front-end's
+    ``cepstra`` are torchaudio's MFCC.
+
+    Attributes:
+        sample_rate: Hz.
+        num_bins: Bins of the spectrum (``n_freq``); the transform has ``2 * (num_bins - 1)`` samples.
+        num_mel_bins: Mel channels F between 0 Hz and half the sample rate; 0 for the bins themselves.
+        frame_length_ms: Window length, in the middle of the transform.
+        frame_shift_ms: Hop.
+        log: Natural logarithm.
+        log_offset: Added to powers before the logarithm.
+        level_db: Level in dB that each utterance's root mean square is brought to (``target_level``); None leaves it.
+    """
+
+    kind: Literal["stft"] = "stft"
+    sample_rate: int = 16000
+    num_bins: int = 201
+    num_mel_bins: int = 80
+    frame_length_ms: float = 25.0
+    frame_shift_ms: float = 10.0
+    log: bool = True
+    log_offset: float = 1e-10
+    level_db: float | None = None
+
+
+FeaturesConfig = FilterbankConfig | MfccConfig | SpectrogramConfig | StftConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +128,7 @@ class NormalizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralFrontendConfig:
-    """Kaldi-style features, deltas, normalisation, stacking.
+    """Spectral features, deltas, normalisation, stacking.
 
     Attributes:
         features: The per-frame transformation.

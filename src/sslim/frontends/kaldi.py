@@ -19,12 +19,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from sslim.audio import Count, kaldi_num_frames, samples_of_ms
-from sslim.batch import Padded, zero_padding
-from sslim.frontends.config import FeaturesConfig, FilterbankConfig, MfccConfig
+from sslim.batch import Padded
+from sslim.frontends.batches import FixedTables, features_of_batch
+from sslim.frontends.config import FilterbankConfig, MfccConfig, SpectrogramConfig
+
+KaldiConfig = FilterbankConfig | MfccConfig | SpectrogramConfig
 
 EPSILON = float(np.finfo(np.float32).eps)  # Kaldi's floor under every logarithm
 TINY = 1e-30  # floor under a square root, for a finite gradient in silence; 1e-15 in magnitude is far below EPSILON
@@ -107,7 +110,7 @@ def cepstral_weights(config: MfccConfig) -> np.ndarray:
     return weights * (1 + 0.5 * lifter * np.sin(np.pi * order / lifter)) if lifter else weights
 
 
-def _check(config: FeaturesConfig, filterbank: FilterbankConfig) -> None:
+def _check(config: KaldiConfig, filterbank: FilterbankConfig) -> None:
     if filterbank.num_mel_bins < 1:
         raise ValueError(f"num_mel_bins is {filterbank.num_mel_bins}; it must be at least 1")
     if not 0 <= filterbank.preemphasis <= 1:
@@ -136,7 +139,7 @@ class _Workspace:
         return self.kept[name][:size].view(shape)
 
 
-class KaldiFeatures(nn.Module):
+class KaldiFeatures(FixedTables):
     """Per-frame spectral features of a padded batch of waveforms.
 
     On a CPU one utterance is worked on at a time (faster than a padded batch, and independent of the batch bit for bit); on
@@ -147,6 +150,7 @@ class KaldiFeatures(nn.Module):
         sample_rate: Hz.
         frame_length: Samples of a frame.
         shift: Samples from one frame to the next.
+        first_span: Samples from the first one on whose middle is the first frame's; 0 for a frame centred on the first sample.
         dim: Width F of the result.
         window: (P,) float64 window function with the waveform scale, zeros beyond the frame.
         spectral_table: (2C, F) Mel weights of squared real and imaginary parts, (C, F) of magnitudes; None for a spectrogram.
@@ -157,7 +161,7 @@ class KaldiFeatures(nn.Module):
     spectral_table: Tensor | None
     cepstral_table: Tensor | None
 
-    def __init__(self, config: FeaturesConfig) -> None:
+    def __init__(self, config: KaldiConfig) -> None:
         super().__init__()
         filterbank = config if isinstance(config, FilterbankConfig) else config.filterbank
         _check(config, filterbank)
@@ -171,80 +175,29 @@ class KaldiFeatures(nn.Module):
                 f"frames of {filterbank.frame_length_ms:g} ms every {filterbank.frame_shift_ms:g} ms are {self.frame_length} "
                 f"samples every {self.shift}; expected at least 2 every 1"
             )
+        self.first_span = self.frame_length if filterbank.snip_edges else self.shift
         self.transform_size = 1 << (self.frame_length - 1).bit_length()
         window = window_function(filterbank.window, self.frame_length) * filterbank.waveform_scale
         self.first_weight = float(window[0])
-        self._tables = {"window": np.pad(window, (0, self.transform_size - self.frame_length))}
+        tables = {"window": np.pad(window, (0, self.transform_size - self.frame_length))}
         self.dim = self.transform_size // 2 + 1
         if config.kind != "spectrogram":
             self.dim = filterbank.num_mel_bins + int(filterbank.use_energy)
             weights_CF = mel_weights(filterbank, self.transform_size)
             # every row twice: squares of real and imaginary parts then need one product and no slow sum over pairs
-            self._tables["spectral_table"] = np.repeat(weights_CF, 2, axis=0) if filterbank.power else weights_CF
+            tables["spectral_table"] = np.repeat(weights_CF, 2, axis=0) if filterbank.power else weights_CF
         if isinstance(config, MfccConfig):
             self.dim = config.num_coefficients
-            self._tables["cepstral_table"] = cepstral_weights(config).astype(np.float32)
-        for name in ("window", "spectral_table", "cepstral_table"):
-            self.register_buffer(name, self._table(name, torch.device("cpu")), persistent=False)
-
-    def _table(self, name: str, device: torch.device) -> Tensor | None:
-        if name not in self._tables:
-            return None
-        table = self._tables[name]
-        return torch.tensor(table, dtype=torch.float64 if table.dtype == np.float64 else torch.float32, device=device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KaldiFeatures:
-        super()._apply(fn, recurse)
-        for name in self._tables:
-            if getattr(self, name).device.type != "meta":
-                setattr(self, name, self._table(name, getattr(self, name).device))
-        return self
+            tables["cepstral_table"] = cepstral_weights(config).astype(np.float32)
+        self.set_tables({"spectral_table": None, "cepstral_table": None, **tables})
 
     def num_frames(self, num_samples: Count) -> Count:
         """Returns the frames of ``num_samples`` samples: a number, or an array or tensor of numbers."""
         return kaldi_num_frames(num_samples, self.frame_length, self.shift, snip_edges=self.filterbank.snip_edges)
 
     def forward(self, waveform_BS: Tensor, lengths_B: Tensor) -> Padded:
-        """Computes features.
-
-        Args:
-            waveform_BS: (B, S) float samples in [-1, 1].
-            lengths_B: (B,) valid samples of each row.
-
-        Returns:
-            (B, T, F), T the frames of the longest row, zero beyond each length; float32 (float64 for float64 samples).
-
-        Raises:
-            ValueError: Shapes or lengths do not fit.
-        """
-        if waveform_BS.dim() != 2 or lengths_B.shape != waveform_BS.shape[:1] or not waveform_BS.is_floating_point():
-            raise ValueError(
-                f"waveforms are {waveform_BS.dtype} of shape {tuple(waveform_BS.shape)} with {tuple(lengths_B.shape)} lengths; "
-                "expected float (batch, samples) with one length for each"
-            )
-        lengths = lengths_B.tolist()
-        if lengths and not 0 <= min(lengths) <= max(lengths) <= waveform_BS.shape[1]:
-            raise ValueError(f"lengths are {lengths}; the waveforms have {waveform_BS.shape[1]} samples")
-        counts = [self.num_frames(length) for length in lengths]
-        frames_B = torch.tensor(counts, dtype=torch.int64, device=waveform_BS.device)
-        double = waveform_BS.dtype == torch.float64
-        num_frames = max(counts, default=0)
-        if num_frames == 0:
-            empty = waveform_BS.new_zeros(len(waveform_BS), 0, self.dim, dtype=torch.float64 if double else torch.float32)
-            return Padded(values=empty, lengths=frames_B)
-        if waveform_BS.device.type != "cpu":
-            lengths_B = lengths_B.to(waveform_BS.device)
-            # float64 to the end costs little on a GPU, where a product in float32 may be rounded to TF32
-            zeroed_BS = zero_padding(waveform_BS[..., None], lengths_B)[..., 0]
-            values = zero_padding(self._batch(zeroed_BS, lengths_B, num_frames, torch.float64), frames_B)
-            return Padded(values=values if double else values.float(), lengths=frames_B)
-        rows = []
-        for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            whole = len(lengths) == 1 and length == waveform_BS.shape[1]
-            row_1S = waveform_BS if whole else waveform_BS[b : b + 1, :length]
-            row = self._batch(row_1S, lengths_B[b : b + 1], count, torch.float64 if double else torch.float32)
-            rows.append(functional.pad(row, (0, 0, 0, num_frames - count)) if count < num_frames else row)
-        return Padded(values=torch.cat(rows) if len(rows) > 1 else rows[0], lengths=frames_B)
+        """Computes features; see :func:`sslim.frontends.batches.features_of_batch`."""
+        return features_of_batch(waveform_BS, lengths_B, dim=self.dim, num_frames=self.num_frames, compute=self._batch)
 
     def _batch(self, waveform_BS: Tensor, lengths_B: Tensor, num_frames: int, dtype: torch.dtype) -> Tensor:
         """(B, S) samples to (B, num_frames, F), by chunks of frames; what lies beyond a row's own frames is arbitrary."""

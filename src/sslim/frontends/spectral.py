@@ -1,4 +1,4 @@
-"""SpectralFrontend: Kaldi-style features, deltas, normalisation, stacking."""
+"""SpectralFrontend: spectral features, deltas, normalisation, stacking."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from sslim.audio import num_stacked_frames
 from sslim.batch import Padded, zero_padding
-from sslim.frontends.config import SpectralFrontendConfig
+from sslim.frontends.config import SpectralFrontendConfig, StftConfig
 from sslim.frontends.context import append_deltas, stack_frames
 from sslim.frontends.kaldi import KaldiFeatures
 from sslim.frontends.normalization import normalize_globally, normalize_per_utterance
 from sslim.frontends.statistics import PUBLISHED_STATISTICS, check_statistics
+from sslim.frontends.stft import StftFeatures
 
 
 def _check(config: SpectralFrontendConfig) -> None:
@@ -58,7 +59,10 @@ class SpectralFrontend(nn.Module):
         super().__init__()
         _check(config)
         self.config = config
-        self.features = KaldiFeatures(config.features)
+        stft = isinstance(config.features, StftConfig)
+        self.features: KaldiFeatures | StftFeatures = (
+            StftFeatures(config.features) if stft else KaldiFeatures(config.features)  # type: ignore[arg-type]
+        )
         self.sample_rate = self.features.sample_rate
         self.base_dim = self.features.dim
         self.base_frame_shift_s = self.features.shift / self.sample_rate

@@ -18,10 +18,18 @@ from torch import nn
 from sslim.batch import EncoderOutput, Padded
 from sslim.config import to_plain
 from sslim.frontends import ConvFrontendConfig, FrontendConfig
-from sslim.models.search_space import Subnet, units_of
+from sslim.models.search_space import SearchSpace, Subnet, units_of
 from sslim.models.speech import ModelConfig, Projection, SpeechModel, restore_statistics
+from sslim.models.storage import require_float
 from sslim.nn.encoder import BlockConfig, EncoderConfig
-from sslim.nn.heads import CodewordHeadConfig, HeadConfig, MaskEmbeddingConfig, SplitHeadConfig, build_head
+from sslim.nn.heads import (
+    CodewordHeadConfig,
+    HeadConfig,
+    MaskEmbeddingConfig,
+    SpectrogramHeadConfig,
+    SplitHeadConfig,
+    build_head,
+)
 from sslim.nn.positions import ConvPositionsConfig
 from sslim.nn.relative_positions import GATE_UNITS
 from sslim.nn.slicing import Units, encoder_view, place, slice_config, slice_tensor
@@ -42,6 +50,24 @@ def resolve_subnet(config: ModelConfig, choice: Choice) -> Subnet:
             f"subnet {choice!r} is asked for, but this {config.family} model is no supernet: it has no search space"
         )
     return config.search_space.subnet(choice)
+
+
+def check_supernet(config: ModelConfig) -> SearchSpace:
+    """Checks that a model can hold every subnet of its search space, and returns the space.
+
+    Raises:
+        ValueError: There is no space, or the model cannot hold it.
+    """
+    space = config.search_space
+    if space is None:
+        raise ValueError(f"this {config.family} model is no supernet: it has no search space")
+    space.check(config.encoder)
+    if not config.projection.linear and space.dims != (config.encoder.dim,):
+        raise ValueError(
+            f"without a linear projection the width of the model is that of its features: dims of the search space must be "
+            f"({config.encoder.dim},), not {space.dims}"
+        )
+    return space
 
 
 def model_units(config: ModelConfig, choice: Choice) -> Units:
@@ -76,7 +102,11 @@ def _head_axes(head: HeadConfig, dim: int) -> dict[str, tuple[str | None, ...]]:
     """Returns the axes of a head's tensors that count model channels; the tensors not named are never cut."""
     if isinstance(head, MaskEmbeddingConfig):
         return {"embedding": ("channels",)} if head.dim == dim else {}
-    names = {CodewordHeadConfig: "projection.weight", SplitHeadConfig: "inner.weight"}
+    names = {
+        CodewordHeadConfig: "projection.weight",
+        SplitHeadConfig: "inner.weight",
+        SpectrogramHeadConfig: "inner.weight",
+    }
     return {names.get(type(head), "linear.weight"): (None, "channels")}
 
 
@@ -85,6 +115,7 @@ def model_view(model: SpeechModel, units: Units) -> SpeechModel:
 
     For one forward and backward pass, see ``sslim.nn.slicing.encoder_view``. The front-end is the supernet's own.
     """
+    require_float(model)
     config = slice_model_config(model.config, units)
     kept, dim = {"channels": units.channels}, model.config.encoder.dim
     with torch.device("meta"):
@@ -162,8 +193,8 @@ def subnet_parameters(config: ModelConfig, subnet: Choice, *, with_heads: bool =
 
 
 def count_parameters(config: ModelConfig, *, with_heads: bool = True) -> int:
-    """Counts a model's parameters from its description; equals ``SpeechModel.num_parameters``."""
-    features, dim = config.projection.feature_dim, config.encoder.dim
+    """Counts a model's parameters from its description, whatever they are stored as; equals ``SpeechModel.num_parameters``."""
+    features, dim = config.projection.stacked_dim, config.encoder.dim
     projection = 2 * features * config.projection.norm + _linear(features, dim) * config.projection.linear
     total = _frontend(config.frontend) + projection + _encoder(config.encoder)
     return total + sum(_head(head, dim) for head in config.heads.values()) * with_heads

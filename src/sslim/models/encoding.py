@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslim.audio import read_audio
+from sslim.audio import num_stacked_frames, read_audio
 from sslim.batch import EncoderOutput, Padded
 from sslim.data.corpus import Corpus
 from sslim.frontends import SpectralFrontendConfig
 from sslim.models.speech import SpeechModel
+from sslim.models.stacking import padded_to_stacks
 
 DEFAULT_BATCH_S = 60.0  # seconds of padded audio; 13 layers of 768 channels at 20 ms are then 120 MB
 
@@ -49,14 +50,24 @@ def reads_stored_features(model: SpeechModel, corpus: Corpus) -> bool:
     return isinstance(frontend, SpectralFrontendConfig) and corpus.frontend_config.features == frontend.features
 
 
-def corpus_inputs(model: SpeechModel, corpus: Corpus, indices: Sequence[int] | np.ndarray) -> Inputs:
+def corpus_inputs(
+    model: SpeechModel, corpus: Corpus, indices: Sequence[int] | np.ndarray, *, waveforms: bool = False
+) -> Inputs:
     """Stored base features where they are the model's own, else waveforms at the model's sample rate.
 
+    Args:
+        model: Whose front-end decides.
+        corpus: Where from.
+        indices: (n,) utterances.
+        waveforms: Read waveforms in any case.
+
     Raises:
-        ValueError: The model has no front-end and the corpus no features.
+        ValueError: The model has no front-end and the corpus no features, or waveforms are asked for.
     """
     indices = np.asarray(indices, dtype=np.int64)
-    if reads_stored_features(model, corpus):
+    if waveforms and model.frontend is None:
+        raise ValueError(f"this {model.config.family} model takes features, not waveforms")
+    if not waveforms and reads_stored_features(model, corpus):
 
         def read_features(position: int) -> Tensor:
             return torch.from_numpy(np.asarray(corpus.features(int(indices[position])), dtype=np.float32))
@@ -91,24 +102,47 @@ def length_batches(lengths: np.ndarray, max_padded: float) -> list[list[int]]:
     return batches
 
 
-def run_batch(model: SpeechModel, values: Sequence[Tensor], *, is_waveform: bool) -> EncoderOutput:
-    """Pads utterances, each (T, F) base features or (S,) samples, and encodes them on the model's device."""
+def pad_batch(model: SpeechModel, values: Sequence[Tensor], *, is_waveform: bool) -> Padded:
+    """Pads utterances on the model's device: samples (S,) to a batch of them, base features (T, F) to what the encoder takes.
+
+    What a model without a front-end stacks is padded to whole stacks: no utterance gains or loses a frame by its batch.
+    """
     device = next(model.parameters()).device
-    lengths_B = torch.tensor([len(value) for value in values])
+    lengths_B = torch.tensor([len(value) for value in values], device=device)
     padded = torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True).to(device)
-    lengths_B = lengths_B.to(device)
+    batch = Padded(values=padded, lengths=lengths_B)
     if is_waveform:
-        return model.encode(padded, lengths_B)
+        return batch
     if model.frontend is None:
-        return model.encode_features(padded, lengths_B)
-    features = model.frontend.finish(Padded(values=padded, lengths=lengths_B))
-    return model.encode_features(features.values, features.lengths)
+        return Padded(values=padded_to_stacks(padded, model.config.projection.stack), lengths=lengths_B)
+    return model.frontend.finish(batch)
+
+
+def run_batch(model: SpeechModel, values: Sequence[Tensor], *, is_waveform: bool, need_weights: bool = False) -> EncoderOutput:
+    """Pads utterances, each (T, F) base features or (S,) samples, and encodes them on the model's device.
+
+    Args:
+        model: The model.
+        values: The utterances.
+        is_waveform: Which of the two they are.
+        need_weights: Whether to return attention weights.
+    """
+    batch = pad_batch(model, values, is_waveform=is_waveform)
+    encode = model.encode if is_waveform else model.encode_features
+    return encode(batch.values, batch.lengths, need_weights=need_weights)
 
 
 def _num_output_frames(model: SpeechModel, length: int, is_waveform: bool) -> int:
     if model.frontend is None:
-        return length
+        return num_stacked_frames(length, model.config.projection.stack, "pad")
     return model.frontend.num_frames(length) if is_waveform else model.frontend.num_stacked_frames(length)
+
+
+def model_frame_shift_s(model: SpeechModel, corpus: Corpus) -> float:
+    """Returns the seconds from one frame of the model's output to the next, on stored features where it has no front-end."""
+    if model.frontend is not None:
+        return model.frontend.frame_shift_s
+    return corpus.base_frame_shift_s * model.config.projection.stack
 
 
 def num_model_frames(model: SpeechModel, inputs: Inputs) -> np.ndarray:

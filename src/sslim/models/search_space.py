@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -220,7 +221,7 @@ class SearchSpace:
             for number in self.num_layers
         ]
         for subnet in [*subnets, *([] if self.default is None else [self.default])]:
-            units_of(config, self, subnet)
+            units_of(config, self, subnet).check(config)
 
 
 _LIGHTHUBERT_KEYS = {"atten_dim", "embed_dim", "ffn_embed", "ffn_ratio", "heads_num", "layer_num", "slide_wsz"}
@@ -267,6 +268,7 @@ def _read_lighthubert(values: dict[str, Any]) -> Subnet:
     return from_plain(Subnet, plain, "subnet")
 
 
+@lru_cache(maxsize=4096)  # a search asks for the same few thousands of times
 def feedforward_units(rule: FeedforwardRule, supernet_dim: int, num_units: int, dim: int, count: int) -> tuple[int, ...]:
     """Returns which of a block's feed-forward units a subnet has.
 

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sslim.batch import EncoderOutput, Padded, zero_padding
+from sslim.config import OMIT_DEFAULT
 from sslim.frontends import ConvFrontend, FrontendConfig, build_frontend
+from sslim.models.chunking import ChunkingConfig, encode_in_chunks
 from sslim.models.ragged import encode_in_groups, is_worth_splitting
 from sslim.models.search_space import SearchSpace
+from sslim.models.stacking import stack_given
+from sslim.models.storage import Storage, prepare_storage, require_float, stored_as
 from sslim.nn.encoder import Encoder, EncoderConfig
 from sslim.nn.heads import HeadConfig, build_head
 
@@ -26,11 +30,25 @@ class ProjectionConfig:
         feature_dim: Width F of the front-end's output.
         norm: Whether a layer norm over F comes first (HuBERT's ``layer_norm``).
         linear: Whether a linear map F to D follows (``pre_extract_proj``, ``post_extract_proj``); False only when F equals D.
+        stack: Frames concatenated before the linear map, which then takes ``stack * F``; for models without a front-end, which
+            would do it itself (``downsample_rate`` of S3PRL; see ``sslim.models.stacking``).
     """
 
     feature_dim: int
     norm: bool = False
     linear: bool = True
+    stack: int = field(default=1, metadata={OMIT_DEFAULT: True})
+
+    def __post_init__(self) -> None:
+        if self.stack < 1:
+            raise ValueError(f"stack is {self.stack}; it must be at least 1")
+        if self.stack > 1 and (self.norm or not self.linear):
+            raise ValueError(f"stack is {self.stack}: frames can be stacked only where a linear map alone follows")
+
+    @property
+    def stacked_dim(self) -> int:
+        """What the linear map takes: ``stack * feature_dim``."""
+        return self.stack * self.feature_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +62,8 @@ class ModelConfig:
         encoder: The Transformer.
         heads: Heads by the name of the objective that trains them.
         search_space: What a supernet's subnets can be; None for an ordinary model.
+        storage: How its weights are stored (``sslim.models.storage``); None for float32.
+        chunking: How the reference cuts long inputs, which only ``compat`` does; None where it does not.
     """
 
     family: str
@@ -52,8 +72,14 @@ class ModelConfig:
     encoder: EncoderConfig
     heads: dict[str, HeadConfig] = field(default_factory=dict)
     search_space: SearchSpace | None = None
+    storage: Storage | None = field(default=None, metadata={OMIT_DEFAULT: True})  # descriptions from before it stay the same
+    chunking: ChunkingConfig | None = field(default=None, metadata={OMIT_DEFAULT: True})
 
     def __post_init__(self) -> None:
+        if self.projection.stack > 1 and self.frontend is not None:
+            raise ValueError(f"projection.stack is {self.projection.stack}; a model with a front-end leaves stacking to it")
+        if self.storage is not None and self.search_space is not None:
+            raise ValueError(f"a supernet cannot be stored as {self.storage}: extract a subnet and quantise that")
         if not self.projection.linear and self.projection.feature_dim != self.encoder.dim:
             raise ValueError(
                 f"without a linear projection the {self.projection.feature_dim} features must equal dim {self.encoder.dim}"
@@ -66,7 +92,7 @@ class Projection(nn.Module):
     def __init__(self, config: ProjectionConfig, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.feature_dim) if config.norm else None
-        self.linear = nn.Linear(config.feature_dim, dim) if config.linear else None
+        self.linear = nn.Linear(config.stacked_dim, dim) if config.linear else None
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """torch's default for a linear map, U(-1/sqrt(F), 1/sqrt(F)) for weight and bias."""
@@ -104,10 +130,12 @@ class SpeechModel(nn.Module):
         self.projection = Projection(config.projection, config.encoder.dim)
         self.encoder = Encoder(config.encoder)
         self.heads = nn.ModuleDict({name: build_head(config.encoder.dim, head) for name, head in config.heads.items()})
+        prepare_storage(self.encoder, config.storage)
         self.provenance = list(provenance or [])
 
     def initialize(self, generator: torch.Generator | None = None) -> SpeechModel:
-        """Draws every parameter anew; returns the model."""
+        """Draws every parameter anew; returns the model, which must not have int8 weights."""
+        require_float(self, allow_half=True)
         if isinstance(self.frontend, ConvFrontend):
             self.frontend.initialize(generator)
         self.projection.initialize(generator)
@@ -132,7 +160,8 @@ class SpeechModel(nn.Module):
         return total if with_heads else total - sum(p.numel() for p in self.heads.parameters())
 
     def embed(self, features: Padded) -> Padded:
-        """Projects front-end output to model width; zero beyond each length."""
+        """Projects front-end output to model width, stacked first where the model stacks; zero beyond each length."""
+        features = stack_given(features, self.config.projection.stack)
         return Padded(values=zero_padding(self.projection(features.values), features.lengths), lengths=features.lengths)
 
     def encode_features(
@@ -141,7 +170,8 @@ class SpeechModel(nn.Module):
         """Encodes front-end output.
 
         Args:
-            features_BTF: (B, T, F), normalised and stacked as the model's front-end would give it.
+            features_BTF: (B, T, F), normalised and stacked as the model's front-end would give it; for a model without one that
+                stacks (``projection.stack``), frames as they are.
             lengths_B: Valid frames; None when nothing is padded.
             keep_layers: Whether to return every layer.
             need_weights: Whether to return attention weights.
@@ -157,14 +187,32 @@ class SpeechModel(nn.Module):
         if lengths_B is None:
             lengths_B = torch.full((len(features_BTF),), features_BTF.shape[1], device=features_BTF.device)
         lengths_B = lengths_B.to(features_BTF.device)
-        if not need_weights and is_worth_splitting(features_BTF, lengths_B):
-            return encode_in_groups(
-                partial(self.encode_features, keep_layers=keep_layers), features_BTF, lengths_B, features_BTF.shape[1]
-            )
         embedded = self.embed(Padded(values=features_BTF, lengths=lengths_B))
-        full = bool((lengths_B == features_BTF.shape[1]).all())
-        output = self.encoder(embedded.values, None if full else lengths_B, keep_layers=keep_layers, need_weights=need_weights)
-        return replace(output, embed=embedded.values, lengths=lengths_B)
+        whole_batch = need_weights or self._cuts_long_inputs
+        if not whole_batch and is_worth_splitting(embedded.values, embedded.lengths):
+            run = partial(self._encode_embedded, keep_layers=keep_layers)
+            return encode_in_groups(run, embedded.values, embedded.lengths, embedded.values.shape[1])
+        return self._encode_embedded(embedded.values, embedded.lengths, keep_layers=keep_layers, need_weights=need_weights)
+
+    @property
+    def _cuts_long_inputs(self) -> bool:
+        return self.config.chunking is not None and self.config.chunking.compat is not None
+
+    def _encode_embedded(
+        self, x_BTD: Tensor, lengths_B: Tensor, *, keep_layers: bool, need_weights: bool = False
+    ) -> EncoderOutput:
+        """Runs the encoder over a projected batch, long inputs in chunks where the description says so."""
+
+        def run(x_BTD: Tensor, lengths_B: Tensor) -> EncoderOutput:
+            full = bool((lengths_B == x_BTD.shape[1]).all())
+            return self.encoder(x_BTD, None if full else lengths_B, keep_layers=keep_layers, need_weights=need_weights)
+
+        if self._cuts_long_inputs:
+            assert self.config.chunking is not None
+            output = encode_in_chunks(run, x_BTD, lengths_B, self.config.chunking.max_frames)
+        else:
+            output = run(x_BTD, lengths_B)
+        return replace(output, embed=x_BTD, lengths=lengths_B)
 
     def encode(
         self, waveform_BS: Tensor, lengths_B: Tensor | None = None, *, keep_layers: bool = True, need_weights: bool = False
@@ -187,8 +235,8 @@ class SpeechModel(nn.Module):
         if lengths_B is None:
             lengths_B = torch.full((len(waveform_BS),), waveform_BS.shape[1], device=waveform_BS.device)
         lengths_B = lengths_B.to(waveform_BS.device)
-        compatible = getattr(self.config.frontend, "compat", None) is None
-        if compatible and not need_weights and is_worth_splitting(waveform_BS, lengths_B):
+        whole_batch = getattr(self.config.frontend, "compat", None) is not None or self._cuts_long_inputs
+        if not whole_batch and not need_weights and is_worth_splitting(waveform_BS, lengths_B):
             num_frames = self.frontend.num_frames(waveform_BS.shape[1])
             return encode_in_groups(partial(self.encode, keep_layers=keep_layers), waveform_BS, lengths_B, num_frames)
         features = self.frontend(waveform_BS, lengths_B)
@@ -196,7 +244,9 @@ class SpeechModel(nn.Module):
 
 
 def build_model(config: ModelConfig, generator: torch.Generator | None = None) -> SpeechModel:
-    """Returns a new model in eval mode with random parameters drawn from ``generator``."""
+    """Returns a new model in eval mode with random parameters drawn from ``generator``, then stored as ``config`` says."""
+    if config.storage is not None:
+        return stored_as(build_model(replace(config, storage=None), generator), config.storage)
     return SpeechModel(config).initialize(generator).eval()
 
 
@@ -221,6 +271,19 @@ def with_head(
     state |= {f"heads.{name}.{key}": value for key, value in grown.heads[name].state_dict().items()}
     grown.load_state_dict(state, strict=True, assign=True)
     return grown.train(model.training)
+
+
+def with_settings(model: SpeechModel, config: ModelConfig) -> SpeechModel:
+    """Returns a copy of a model with another description of the same tensors: other dropout, other gradient scale.
+
+    Raises:
+        RuntimeError: The description has other tensors.
+    """
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    twin = SpeechModel(config, model.provenance).to(next(model.parameters()).device)
+    restore_statistics(twin, state)
+    twin.load_state_dict(state, strict=True, assign=True)
+    return twin.train(model.training)
 
 
 def restore_statistics(model: SpeechModel, state: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,7 +81,32 @@ class SplitHeadConfig:
     output_dim: int
 
 
-HeadConfig = ClusterHeadConfig | MaskEmbeddingConfig | CodewordHeadConfig | RegressionHeadConfig | SplitHeadConfig
+@dataclass(frozen=True, kw_only=True)
+class SpectrogramHeadConfig:
+    """Estimate of the features that went in (``SpecHead`` in S3PRL): linear, activation, layer norm, linear.
+
+    Attributes:
+        hidden_dim: Hidden units I.
+        output_dim: Width O of the estimate; where frames are stacked, that of all frames of a stack.
+        activation: After the first linear map.
+        layer_norm_eps: Epsilon of the norm.
+    """
+
+    kind: Literal["spectrogram"] = "spectrogram"
+    hidden_dim: int
+    output_dim: int
+    activation: Literal["gelu", "relu", "swish"] = "gelu"
+    layer_norm_eps: float = 1e-12
+
+
+HeadConfig = (
+    ClusterHeadConfig
+    | MaskEmbeddingConfig
+    | CodewordHeadConfig
+    | RegressionHeadConfig
+    | SplitHeadConfig
+    | SpectrogramHeadConfig
+)
 
 
 def _initialize_linear(linear: nn.Linear, generator: torch.Generator | None) -> None:
@@ -184,12 +210,38 @@ class SplitHead(nn.Module):
         return torch.einsum("btni,nio->bnto", hidden_BTNI, self.weight) + self.bias[None, :, None, :]
 
 
+_SPECTROGRAM_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
+
+
+class SpectrogramHead(nn.Module):
+    """(…, D) to (…, O): an estimate of the features of each frame."""
+
+    def __init__(self, dim: int, config: SpectrogramHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.inner = nn.Linear(dim, config.hidden_dim)
+        self.activation = _SPECTROGRAM_ACTIVATIONS[config.activation]
+        self.norm = nn.LayerNorm(config.hidden_dim, config.layer_norm_eps)
+        self.outer = nn.Linear(config.hidden_dim, config.output_dim)
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """BERT's: linear weights N(0, 0.02), biases zero, norm one and zero."""
+        for linear in (self.inner, self.outer):
+            nn.init.normal_(linear.weight, 0.0, 0.02, generator=generator)
+            nn.init.zeros_(linear.bias)
+        self.norm.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.norm(self.activation(self.inner(x))))
+
+
 _HEADS: dict[str, Any] = {
     "clusters": ClusterHead,
     "mask": MaskEmbedding,
     "codewords": CodewordHead,
     "regression": RegressionHead,
     "split": SplitHead,
+    "spectrogram": SpectrogramHead,
 }
 
 

@@ -24,3 +24,11 @@ class FactoredLinear(nn.Module):
 def linear(in_dim: int, out_dim: int, rank: int | None) -> nn.Linear | FactoredLinear:
     """Returns a plain linear layer, or a factored one when ``rank`` is given."""
     return nn.Linear(in_dim, out_dim) if rank is None else FactoredLinear(in_dim, out_dim, rank)
+
+
+def whole_matrix(part: nn.Linear | FactoredLinear) -> tuple[Tensor, Tensor]:
+    """Returns the weight (out, in), multiplied out where it is factored, and the bias (out,); float64 on the CPU."""
+    if isinstance(part, FactoredLinear):
+        inner, outer = (factor.weight.detach().double().cpu() for factor in (part.inner, part.outer))
+        return outer @ inner, part.outer.bias.detach().double().cpu()
+    return part.weight.detach().double().cpu(), part.bias.detach().double().cpu()

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MIN_BF16_GROUP = 16  # channels in a group from which torch's CPU kernel for bf16 can be relied on
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvPositionsConfig:
@@ -45,12 +47,17 @@ def tap_norms(kernel_DCK: Tensor) -> Tensor:
     return kernel_DCK.square().sum(1).sum(0).sqrt()[None, None]
 
 
-def fold_weight_norm(gain_11K: Tensor, direction_DCK: Tensor) -> Tensor:
+def fold_weight_norm(gain_11K: Tensor, direction_DCK: Tensor, part: Tensor | None = None) -> Tensor:
     """Returns the plain kernel ``gain * direction / norm``, the norm of each tap over both channel axes.
 
     Counterpart: ``weight_norm(dim=2)`` with ``weight_g`` (1, 1, K) and ``weight_v`` (D, D / groups, K).
+
+    Args:
+        gain_11K: Gain of each tap.
+        direction_DCK: The whole direction.
+        part: Channels of the direction, when only these of the kernel are wanted; the norm stays that of the whole.
     """
-    return direction_DCK * (gain_11K / tap_norms(direction_DCK))
+    return (direction_DCK if part is None else part) * (gain_11K / tap_norms(direction_DCK))
 
 
 def split_weight_norm(kernel_DCK: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,8 +103,21 @@ class ConvPositions(nn.Module):
         if x_BTD.shape[1] == 0:
             return x_BTD
         x_BDT = F.pad(x_BTD.transpose(1, 2), (left, right))
-        y_BDT = F.conv1d(x_BDT, self.kernel(), self.bias, groups=self.config.groups)
-        return x_BTD + F.gelu(y_BDT).transpose(1, 2)
+        return x_BTD + F.gelu(self._convolve(x_BDT)).transpose(1, 2)
+
+    def _convolve(self, x_BDT: Tensor) -> Tensor:
+        """The convolution; on a CPU in float32 where bf16 is asked for and groups are narrow.
+
+        With torch 2.13 and AMX, groups of 2 to 14 channels (an even number) and 8 to 128 taps (likewise) give nonsense there,
+        as large as the right result; pytorch/pytorch issue 163347 has another such case.
+        """
+        kernel, device = self.kernel(), x_BDT.device.type
+        asked = device == "cpu" and (x_BDT.dtype == torch.bfloat16 or torch.is_autocast_enabled(device))
+        if not asked or kernel.shape[1] >= MIN_BF16_GROUP:
+            return F.conv1d(x_BDT, kernel, self.bias, groups=self.config.groups)
+        with torch.autocast(device, enabled=False):
+            y_BDT = F.conv1d(x_BDT.float(), kernel.float(), self.bias.float(), groups=self.config.groups)
+        return y_BDT.to(x_BDT.dtype)
 
 
 def sinusoids(num_frames: int, dim: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:

@@ -52,12 +52,14 @@ def with_even_frames(x_BTD: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, T
         lengths_B: Valid frames; None when nothing is padded.
 
     Returns:
-        The input with zeros for padding, T rounded up to an even number, and the valid frames, which stay as they are.
+        The input with zeros for padding, T rounded up to an even number (2 for an input without frames), and the valid frames,
+        which stay as they are.
     """
     batch, num_frames, _ = x_BTD.shape
     if lengths_B is None:
         lengths_B = torch.full((batch,), num_frames, device=x_BTD.device)
-    return F.pad(zero_padding(x_BTD, lengths_B), (0, 0, 0, num_frames % 2)), lengths_B
+    missing = num_frames % 2 if num_frames else 2
+    return F.pad(zero_padding(x_BTD, lengths_B), (0, 0, 0, missing)), lengths_B
 
 
 def reference_shape(num_frames: int, window: int) -> tuple[int, int]:

@@ -67,6 +67,8 @@ def by_query_and_key(distances_NR: Tensor, num_queries: int, num_keys: int, befo
     Returns:
         (N, Q, K): what belongs to the distance ``k - before - q``.
     """
+    if num_queries == 0:  # an utterance shorter than a frame
+        return distances_NR.new_zeros(len(distances_NR), 0, num_keys)
     first = distances_NR.shape[1] // 2 - before - (num_queries - 1)
     needed = distances_NR.narrow(1, first, num_queries + num_keys - 1)
     return needed.unfold(1, num_keys, 1).flip(1)

@@ -5,6 +5,9 @@ Running a subnet inside its supernet, extracting it, pruning heads or feed-forwa
 
 Weight-normalised positions are folded before they are sliced (LightHuBERT's rule): the norm of a slice is not the slice of the
 norm. Their group-wise kernel keeps its number of groups, so its second axis keeps a prefix, as LightHuBERT trained it.
+
+The gate of a head in gated relative positions reads that head's own share of the channels. So channels go by whole heads from
+the end there, and a head can stay only as long as its channels do.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from sslim.nn.positions import ConvPositionsConfig, fold_weight_norm
 from sslim.nn.windows import WindowRule
 
 # What the axes of a tensor count: model channels, attention inner width (heads times head width), feed-forward units,
-# the channels of one group of the positions, or None for an axis that is never cut.
+# the channels of one group of the positions, the heads whose gates' channels are kept, or None for an axis that is never cut.
 _LINEARS = {
     "attention.query": ("heads", "channels"),
     "attention.key": ("heads", "channels"),
@@ -45,10 +48,10 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "final_norm.bias": ("channels",),
     "positions.weight": ("channels", "group", None),
     "positions.bias": ("channels",),
-    "relative_positions.table": (None, None),  # whole, with the gates: a block's head_ids say which heads are left
+    "relative_positions.table": (None, "gated"),  # with the gates: a block's head_ids say which heads are left
     "attention.gate.linear.weight": (None, None),
     "attention.gate.linear.bias": (None,),
-    "attention.gate.scale": (None,),
+    "attention.gate.scale": ("gated",),
 }
 for _name, (_out, _in) in _LINEARS.items():
     AXES[f"{_name}.weight"] = (_out, _in)
@@ -122,11 +125,36 @@ class Units:
         ]
         rows = zip(self.feedforward, full.feedforward, strict=True)
         pairs += [(f"feed-forward units of block {b}", kept, whole) for b, (kept, whole) in enumerate(rows)]
-        if config.relative_positions is not None and self.channels != full.channels:
-            raise ValueError("the gates of relative positions read every channel: none can be cut from this encoder")
         for name, kept, whole in pairs:
             if len(set(kept)) != len(kept) or not set(kept) <= set(whole):
                 raise ValueError(f"{name}: {kept} are not distinct members of 0 to {len(whole) - 1}")
+        _gated_heads(config, self)
+
+
+def _gated_heads(config: EncoderConfig, units: Units) -> int:
+    """Counts the heads, kept or not, whose gates find all their channels; 0 without relative positions.
+
+    Raises:
+        ValueError: Channels that are not the first heads' own, or a kept head whose channels are cut.
+    """
+    relative, width = config.relative_positions, len(units.channels)
+    if relative is None:
+        return 0
+    head_dim = config.dim // relative.num_heads
+    if width % head_dim or units.channels != tuple(range(width)):
+        raise ValueError(
+            f"the gates of relative positions read {head_dim} channels for each head, so only the last channels can be cut, "
+            f"{head_dim} at a time: {width} of {config.dim} cannot be kept like that"
+        )
+    count = width // head_dim
+    for block in {config.depth_map[depth] for depth in units.depths}:
+        originals = original_heads(config.blocks[block])
+        if last := [originals[head] for head in units.heads[block] if originals[head] >= count]:
+            raise ValueError(
+                f"at width {width} the gates of relative positions find the channels of {count} heads, "
+                f"but head {max(last) + 1} is to be kept"
+            )
+    return count
 
 
 @dataclass(frozen=True)
@@ -173,6 +201,20 @@ def _runs(tensor: Tensor, axis: int, kept: _Spaced) -> list[tuple[Tensor, int, i
     return parts
 
 
+def _gaps(tensor: Tensor, axis: int, kept: _Spaced) -> list[Tensor]:
+    """Returns what ``kept`` leaves out along an axis as views."""
+    runs = min(kept.count // kept.width, tensor.shape[axis] // kept.period)
+    gaps, done, place = [], runs * kept.width, runs * kept.period
+    if runs:
+        folded = tensor.narrow(axis, 0, place).unflatten(axis, (runs, kept.period))
+        gaps.append(folded.narrow(axis + 1, kept.width, kept.period - kept.width))
+    while place < tensor.shape[axis]:
+        size, period = min(kept.width, kept.count - done), min(kept.period, tensor.shape[axis] - place)
+        gaps.append(tensor.narrow(axis, place + size, period - size))
+        done, place = done + size, place + period
+    return gaps
+
+
 class _Cut(torch.autograd.Function):
     """Prefixes and evenly spaced runs of several axes in one step: the gradient is filled in once, not once for each axis."""
 
@@ -182,8 +224,10 @@ class _Cut(torch.autograd.Function):
         corner = _Cut.corner(tensor, prefix)
         if spaced is None:
             return corner
-        parts = _runs(corner, axis, spaced)
-        return torch.cat([part.flatten(axis, axis + 1) for part, _, _ in parts], axis)
+        cut = tensor.new_empty([*corner.shape[:axis], spaced.count, *corner.shape[axis + 1 :]])
+        for part, start, stop in _runs(corner, axis, spaced):
+            cut.narrow(axis, start, stop - start).view_as(part).copy_(part)
+        return cut
 
     @staticmethod
     def corner(tensor: Tensor, prefix: tuple[int, ...]) -> Tensor:
@@ -195,11 +239,16 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        whole = gradient.new_zeros(ctx.shape)
-        corner = _Cut.corner(whole, ctx.prefix)
+        whole = gradient.new_empty(ctx.shape)  # zeros only where nothing is written: memory is what this costs
+        corner = whole
+        for axis, size in enumerate(ctx.prefix):
+            corner.narrow(axis, size, ctx.shape[axis] - size).zero_()
+            corner = corner.narrow(axis, 0, size)
         if ctx.spaced is None:
             corner.copy_(gradient)
             return whole, None, None, None
+        for gap in _gaps(corner, ctx.axis, ctx.spaced):
+            gap.zero_()
         for part, start, stop in _runs(corner, ctx.axis, ctx.spaced):
             part.copy_(gradient.narrow(ctx.axis, start, stop - start).view_as(part))
         return whole, None, None, None
@@ -268,7 +317,10 @@ def slice_config(config: EncoderConfig, units: Units) -> EncoderConfig:
         for b in used
     )
     depth_map = tuple(used.index(config.depth_map[depth]) for depth in units.depths)
-    return replace(config, dim=len(units.channels), blocks=blocks, depth_map=depth_map)
+    relative = config.relative_positions
+    if relative is not None:
+        relative = replace(relative, num_heads=_gated_heads(config, units))
+    return replace(config, dim=len(units.channels), blocks=blocks, depth_map=depth_map, relative_positions=relative)
 
 
 def slice_encoder(config: EncoderConfig, state: Mapping[str, Tensor], units: Units) -> tuple[EncoderConfig, dict[str, Tensor]]:
@@ -286,10 +338,12 @@ def slice_encoder(config: EncoderConfig, state: Mapping[str, Tensor], units: Uni
     if units == Units.full(config):
         return config, dict(state)
     units.check(config)
-    if len(units.channels) < config.dim:
-        config, state = fold_positions(config, state)
     groups = config.positions.groups if isinstance(config.positions, ConvPositionsConfig) else 1
-    shared: dict[str, _Kept] = {"channels": _compact(units.channels), "group": range(len(units.channels) // groups)}
+    shared: dict[str, _Kept] = {
+        "channels": _compact(units.channels),
+        "group": range(len(units.channels) // groups),
+        "gated": range(_gated_heads(config, units)),
+    }
     used = sorted({config.depth_map[depth] for depth in units.depths})
     kept_in = {
         block: {
@@ -301,8 +355,7 @@ def slice_encoder(config: EncoderConfig, state: Mapping[str, Tensor], units: Uni
     }
     sliced = {}
     for name, tensor in state.items():
-        if name in ("positions.gain", "positions.direction"):  # all channels kept: the kernel stays as it is
-            sliced[name] = tensor
+        if name in ("positions.gain", "positions.direction"):
             continue
         if not (match := _BLOCK.fullmatch(name)):
             sliced[name] = _slice(tensor, AXES[name], shared)
@@ -310,6 +363,13 @@ def slice_encoder(config: EncoderConfig, state: Mapping[str, Tensor], units: Uni
         block, rest = int(match[1]), match[2]
         if block in used and not _is_emptied(rest, config.blocks[block], units, block):
             sliced[f"blocks.{used.index(block)}.{rest}"] = _slice(tensor, AXES[rest], kept_in[block])
+    if isinstance(config.positions, ConvPositionsConfig) and config.positions.weight_norm:
+        gain, direction = state["positions.gain"], state["positions.direction"]
+        if len(units.channels) == config.dim:  # the kernel stays as it is
+            return slice_config(config, units), sliced | {"positions.gain": gain, "positions.direction": direction}
+        part = _slice(direction, AXES["positions.weight"], shared)  # first, since cutting a product costs more memory
+        sliced["positions.weight"] = fold_weight_norm(gain, direction, part)
+        config = replace(config, positions=replace(config.positions, weight_norm=False))
     return slice_config(config, units), sliced
 
 

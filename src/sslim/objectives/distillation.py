@@ -21,15 +21,27 @@ import torch
 from torch import Tensor, nn
 
 from sslim.batch import Batch, EncoderOutput, Padded, StepOutput, valid_mask
-from sslim.frontends import ConvFrontend
+from sslim.config import OMIT_DEFAULT
 from sslim.models import SpeechModel
 from sslim.nn.heads import HeadConfig, MaskEmbeddingConfig, RegressionHeadConfig, SplitHeadConfig
 from sslim.objectives.distances import Distance, Similarity, frame_cosine, frame_distance, similarity_loss, sum_over_frames
 from sslim.objectives.frame_alignment import align_frames
 from sslim.objectives.masking import MaskingConfig, span_mask
+from sslim.objectives.model_inputs import (
+    MASK,
+    MaskPlace,
+    check_feature_penalty,
+    check_mask_place,
+    count_frames,
+    feature_square,
+    features_of,
+    has_trained_frontend,
+    hide_frames,
+    trained_inputs,
+)
 from sslim.objectives.teacher import TargetConfig, Teacher
 
-HEAD, MASK = "distillation", "mask"
+HEAD = "distillation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +66,7 @@ class DistillationConfig:
         head_bias: Whether regression heads and maps have a bias (LightHuBERT's has none).
     """
 
+    kind: Literal["layers"] = field(default="layers", metadata={OMIT_DEFAULT: True})
     target: TargetConfig
     student_layers: tuple[int, ...] | None = None
     map_groups: tuple[tuple[int, ...], ...] = ()
@@ -63,7 +76,7 @@ class DistillationConfig:
     cosine_weight: float = 1.0
     over_targets: Literal["mean", "sum"] = "mean"
     masking: MaskingConfig | None = None
-    mask_at: Literal["features", "projection"] = "projection"
+    mask_at: MaskPlace = "projection"
     loss_frames: Literal["all", "masked"] = "all"
     feature_penalty: float = 0.0
     head_bias: bool = True
@@ -166,14 +179,11 @@ class Distillation(nn.Module):
         self.student, self.config = student, config
         self.teacher = Teacher(teacher, config.target, bf16=bf16)
         self.alignment = align_frames(teacher.frontend, student.frontend)
-        self.trains_frontend = isinstance(student.frontend, ConvFrontend)
-        if config.feature_penalty and not self.trains_frontend:
-            raise ValueError(f"feature_penalty {config.feature_penalty:g} needs a convolutional front-end: set it to 0")
+        self.trains_frontend = has_trained_frontend(student)
+        check_feature_penalty(config.feature_penalty, student)
         _check_student(student.config.heads, student.num_layers, student.config.encoder.dim, teacher.config.encoder.dim, config)
-        mask = student.config.heads.get(MASK)
-        expected = student.config.projection.feature_dim if config.mask_at == "features" else student.config.encoder.dim
-        if config.masking is not None and isinstance(mask, MaskEmbeddingConfig) and mask.dim != expected:
-            raise ValueError(f"the mask embedding has width {mask.dim}, masking at the {config.mask_at} needs {expected}")
+        if config.masking is not None:
+            check_mask_place(student.config, config.mask_at)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.teacher.apply(fn)
@@ -189,8 +199,8 @@ class Distillation(nn.Module):
         Raises:
             ValueError: Stored features for a model that reads waveforms, or the reverse.
         """
-        inputs = self._inputs(batch)
-        num_frames, lengths_B = self._num_frames(inputs)
+        inputs = trained_inputs(self.student, batch, trains_frontend=self.trains_frontend, who="student")
+        num_frames, lengths_B = count_frames(self.student, inputs)
         frames = self.teacher.frames(batch.inputs, batch.lengths) if batch.teacher is None else batch.teacher
         targets, counted_BT = self.alignment(
             Padded(values=frames.values.float(), lengths=frames.lengths), lengths_B, num_frames
@@ -211,48 +221,19 @@ class Distillation(nn.Module):
             weights=weights,
         )
 
-    def _inputs(self, batch: Batch) -> Padded:
-        """What of the batch enters :meth:`forward`: features without gradient, or samples."""
-        frontend, inputs = self.student.frontend, Padded(values=batch.inputs.float(), lengths=batch.lengths)
-        if self.trains_frontend:
-            if not batch.is_waveform:
-                raise ValueError("the student's front-end takes waveforms, and the batch holds stored features")
-            return inputs
-        if batch.is_waveform:
-            if frontend is None:
-                raise ValueError("the student takes features, and the batch holds waveforms")
-            with torch.no_grad():
-                return frontend(inputs.values, inputs.lengths)
-        return inputs if frontend is None else frontend.finish(inputs)
-
-    def _num_frames(self, inputs: Padded) -> tuple[int, Tensor]:
-        """Frames T of the padded batch and (B,) real frames, by arithmetic where nothing is computed yet."""
-        if not self.trains_frontend:
-            return inputs.values.shape[1], inputs.lengths
-        frontend = cast(ConvFrontend, self.student.frontend)
-        return frontend.num_frames(inputs.values.shape[1]), cast(Tensor, frontend.num_frames(inputs.lengths))  # type: ignore[arg-type]
-
-    def student_features(self, inputs: Padded) -> Padded:
-        """Front-end output of prepared inputs, with gradients where the front-end is trained."""
-        return cast(ConvFrontend, self.student.frontend)(inputs.values, inputs.lengths) if self.trains_frontend else inputs
-
     def student_outputs(self, features: Padded, mask_BT: Tensor | None) -> EncoderOutput:
         """Runs the student on front-end output with the frames of ``mask_BT`` hidden."""
         if mask_BT is not None and self.config.mask_at == "features":
-            features, mask_BT = Padded(values=self._hide(features.values, mask_BT), lengths=features.lengths), None
+            hidden = hide_frames(self.student, features.values, mask_BT)
+            features, mask_BT = Padded(values=hidden, lengths=features.lengths), None
         return self.encode_student(features, mask_BT)
 
     def encode_student(self, features: Padded, mask_BT: Tensor | None = None) -> EncoderOutput:
         """Projects, hides the frames of ``mask_BT``, and encodes; ``embed`` is the projection's output before hiding."""
         embedded = self.student.embed(features)
-        values = embedded.values if mask_BT is None else self._hide(embedded.values, mask_BT)
+        values = embedded.values if mask_BT is None else hide_frames(self.student, embedded.values, mask_BT)
         output = self.student.encoder(values, embedded.lengths, keep_layers=self.config.student_layers is not None)
         return EncoderOutput(final=output.final, layers=output.layers, lengths=embedded.lengths, embed=embedded.values)
-
-    def _hide(self, x_BTF: Tensor, mask_BT: Tensor) -> Tensor:
-        if MASK in self.student.heads:
-            return self.student.heads[MASK](x_BTF, mask_BT)
-        return x_BTF.masked_fill(mask_BT[..., None], 0.0)
 
     def estimates(self, output: EncoderOutput) -> Tensor:
         """Returns (B, T, L, D): what the student gives for every target."""
@@ -271,12 +252,12 @@ class Distillation(nn.Module):
 
     def forward(self, prepared: PreparedDistillation, totals: dict[str, Tensor]) -> StepOutput:
         """Loss over this micro-batch's share of the frames that ``totals`` counts over the whole step."""
-        features = self.student_features(prepared.inputs)
+        features = features_of(self.student, prepared.inputs)
         estimates_BTLD = self.estimates(self.student_outputs(features, prepared.mask_BT))
         loss, metrics = self.compare(estimates_BTLD, prepared.targets_BTLD, prepared.counted_BT)
         loss = loss / totals["frames"]
-        if self.config.feature_penalty:  # padding is zero in the features, so the sum is over real frames
-            squares = features.values.float().square().mean(-1).sum()
+        if self.config.feature_penalty:
+            squares = feature_square(features)
             loss = loss + self.config.feature_penalty * squares / totals["features"]
             metrics["feature_square"] = (squares.detach(), prepared.weights["features"])
         return StepOutput(loss=loss, metrics=metrics)
@@ -307,7 +288,9 @@ class Distillation(nn.Module):
                 total = total + share * config.cosine_weight * similarity
             distances.append(distance.detach())
             cosines.append(sum_over_frames(cosine_BT.detach(), counted_BT))
-            metrics |= {f"{name}_distance": (distances[-1], count), f"{name}_cosine": (cosines[-1], count)}
+            for key, value in ((f"{name}_distance", distances[-1]), (f"{name}_cosine", cosines[-1])):
+                seen, frames = metrics.get(key, (0.0, 0))  # several student layers may learn from one of the teacher's
+                metrics[key] = (seen + value, frames + count)
         metrics["distance_loss"] = (torch.stack(distances).mean(), count)
         metrics["cosine"] = (torch.stack(cosines).mean(), count)
         return total, metrics

@@ -38,8 +38,7 @@ def first_centre(frontend: AnyFrontend) -> Fraction:
         reach, _ = stack_reach([(layer.kernel, layer.stride) for layer in frontend.config.layers])
         return Fraction(reach, 2 * frontend.sample_rate)
     features = frontend.features
-    first = features.frame_length if features.filterbank.snip_edges else features.shift
-    return Fraction(first + (frontend.stack - 1) * features.shift, 2 * frontend.sample_rate)
+    return Fraction(features.first_span + (frontend.stack - 1) * features.shift, 2 * frontend.sample_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +61,23 @@ class FrameAlignment:
         if self.repeated > 1:
             return [torch.div(student_T - self.shift, self.repeated, rounding_mode="floor")]
         return [student_T * self.averaged + self.shift + i for i in range(self.averaged)]
+
+    def teacher_mask(self, mask_BT: Tensor, num_frames: int) -> Tensor:
+        """Takes a mask over the student's frames to the teacher's.
+
+        Args:
+            mask_BT: (B, T) bool.
+            num_frames: Padded frames T' of the teacher.
+
+        Returns:
+            (B, T') bool, True on frames that belong to a masked frame of the student.
+        """
+        count_BT = torch.zeros(len(mask_BT), num_frames, dtype=torch.int64, device=mask_BT.device)
+        for index_T in self.teacher_frames(mask_BT.shape[1]):
+            index_T = index_T.to(mask_BT.device)
+            found_T = (index_T >= 0) & (index_T < num_frames)
+            count_BT.index_add_(1, index_T[found_T], mask_BT[:, found_T].long())
+        return count_BT > 0
 
     def __call__(self, teacher: Padded, lengths_B: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
         """Aligns a batch.

@@ -7,21 +7,29 @@ in ``forward``, under autocast and compiled like the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslim.batch import IGNORED_LABEL, Batch, Padded, StepOutput, valid_mask
-from sslim.frontends import ConvFrontend
-from sslim.models import SpeechModel
+from sslim.models import ModelConfig, SpeechModel
 from sslim.nn.dropout import dropout
-from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig, MaskEmbeddingConfig
+from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig
 from sslim.objectives.masking import MaskingConfig, span_mask
+from sslim.objectives.model_inputs import (
+    MaskPlace,
+    check_feature_penalty,
+    check_mask_place,
+    count_frames,
+    feature_square,
+    features_of,
+    has_trained_frontend,
+    hide_frames,
+    trained_inputs,
+)
 
 HEAD = "masked_prediction"
-MASK = "mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +49,7 @@ class MaskedPredictionConfig:
     masking: MaskingConfig = MaskingConfig()
     masked_weight: float = 1.0
     unmasked_weight: float = 0.0
-    mask_at: Literal["features", "projection"] = "features"
+    mask_at: MaskPlace = "features"
     feature_penalty: float = 0.0
     input_dropout: float = 0.0
 
@@ -63,6 +71,62 @@ class PreparedMaskedPrediction:
     weights: dict[str, Tensor]
 
 
+def prediction_head(config: ModelConfig, who: str) -> ClusterHeadConfig | CodewordHeadConfig:
+    """Returns the description of a model's head over clusters.
+
+    Args:
+        config: The model's description.
+        who: What a complaint calls the model.
+
+    Raises:
+        ValueError: It has none.
+    """
+    head = config.heads.get(HEAD)
+    if head is None:
+        raise ValueError(f"the {who} has no head {HEAD!r}; its heads are {sorted(config.heads) or 'none'}")
+    if not isinstance(head, ClusterHeadConfig | CodewordHeadConfig):
+        raise ValueError(f"the head {HEAD!r} is of kind {head.kind!r}; masked prediction needs 'clusters' or 'codewords'")
+    return head
+
+
+def frame_labels(batch: Batch, num_frames: int, num_clusters: int) -> Tensor:
+    """Returns the (B, T) labels of a batch.
+
+    Raises:
+        ValueError: It has none, they are of another length than the features, or one of them is no cluster of the head.
+    """
+    if batch.labels is None:
+        raise ValueError("masked prediction needs labels: make some with `sslim cluster` and name them with --labels")
+    if batch.labels.shape[1] != num_frames:
+        raise ValueError(
+            f"labels of {batch.ids[0]} and others have {batch.labels.shape[1]} frames, the features have {num_frames}"
+        )
+    if int(batch.labels.max()) >= num_clusters:
+        raise ValueError(f"label {int(batch.labels.max())} found, but the head has {num_clusters} clusters")
+    return batch.labels
+
+
+def cluster_logits(
+    model: SpeechModel, features: Padded, mask_BT: Tensor | None, mask_at: MaskPlace, *, input_dropout: float = 0.0
+) -> Tensor:
+    """Returns (B, T, K): what the head over clusters makes of a model's final output.
+
+    Args:
+        model: The model.
+        features: Its front-end's output.
+        mask_BT: True on frames to hide; None hides none.
+        mask_at: Where.
+        input_dropout: Dropout after the projection, before frames are hidden.
+    """
+    if mask_BT is not None and mask_at == "features":
+        features = Padded(values=hide_frames(model, features.values, mask_BT), lengths=features.lengths)
+    embedded = model.embed(features)
+    values = dropout(embedded.values, input_dropout, training=True)
+    if mask_BT is not None and mask_at == "projection":
+        values = hide_frames(model, values, mask_BT)
+    return model.heads[HEAD](model.encoder(values, embedded.lengths).final)
+
+
 class MaskedPrediction(nn.Module):
     """Objective: predict the cluster of every hidden frame from what is left.
 
@@ -77,19 +141,10 @@ class MaskedPrediction(nn.Module):
 
     def __init__(self, model: SpeechModel, config: MaskedPredictionConfig) -> None:
         super().__init__()
-        head = model.config.heads.get(HEAD)
-        if head is None:
-            raise ValueError(f"the model has no head {HEAD!r}; its heads are {sorted(model.config.heads) or 'none'}")
-        if not isinstance(head, ClusterHeadConfig | CodewordHeadConfig):
-            raise ValueError(f"the head {HEAD!r} is of kind {head.kind!r}; masked prediction needs 'clusters' or 'codewords'")
-        self.model, self.config, self.num_clusters = model, config, head.num_clusters
-        self.trains_frontend = isinstance(model.frontend, ConvFrontend)
-        if config.feature_penalty and not self.trains_frontend:
-            raise ValueError(f"feature_penalty {config.feature_penalty:g} needs a convolutional front-end: set it to 0")
-        mask = model.config.heads.get(MASK)
-        expected = model.config.projection.feature_dim if config.mask_at == "features" else model.config.encoder.dim
-        if isinstance(mask, MaskEmbeddingConfig) and mask.dim != expected:
-            raise ValueError(f"the mask embedding has width {mask.dim}, masking at the {config.mask_at} needs {expected}")
+        self.model, self.config, self.num_clusters = model, config, prediction_head(model.config, "model").num_clusters
+        self.trains_frontend = has_trained_frontend(model)
+        check_feature_penalty(config.feature_penalty, model)
+        check_mask_place(model.config, config.mask_at)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recomputes block activations in the backward pass instead of keeping them."""
@@ -102,69 +157,28 @@ class MaskedPrediction(nn.Module):
             ValueError: No labels, labels of another length than the features, a label the head does not have, or stored
                 features for a model that reads waveforms.
         """
-        if batch.labels is None:
-            raise ValueError("masked prediction needs labels: make some with `sslim cluster` and name them with --labels")
-        inputs = self._inputs(batch)
-        num_frames, lengths_B = self._num_frames(inputs)
-        if batch.labels.shape[1] != num_frames:
-            raise ValueError(
-                f"labels of {batch.ids[0]} and others have {batch.labels.shape[1]} frames, the features have {num_frames}"
-            )
-        if int(batch.labels.max()) >= self.num_clusters:
-            raise ValueError(f"label {int(batch.labels.max())} found, but the head has {self.num_clusters} clusters")
-        mask_BT = span_mask(lengths_B.cpu(), num_frames, self.config.masking, generator).to(batch.labels.device)
-        real_BT = valid_mask(lengths_B, num_frames) & (batch.labels != IGNORED_LABEL)
+        inputs = trained_inputs(self.model, batch, trains_frontend=self.trains_frontend)
+        num_frames, lengths_B = count_frames(self.model, inputs)
+        labels_BT = frame_labels(batch, num_frames, self.num_clusters)
+        mask_BT = span_mask(lengths_B.cpu(), num_frames, self.config.masking, generator).to(labels_BT.device)
+        real_BT = valid_mask(lengths_B, num_frames) & (labels_BT != IGNORED_LABEL)
         weights = {"masked": (real_BT & mask_BT).sum(), "unmasked": (real_BT & ~mask_BT).sum()}
         if self.config.feature_penalty:
             weights["features"] = lengths_B.sum()
-        labels_BT = batch.labels.masked_fill(~real_BT, IGNORED_LABEL)
+        labels_BT = labels_BT.masked_fill(~real_BT, IGNORED_LABEL)
         return PreparedMaskedPrediction(inputs=inputs, labels_BT=labels_BT, mask_BT=mask_BT, weights=weights)
-
-    def _inputs(self, batch: Batch) -> Padded:
-        """What of the batch enters :meth:`forward`: features without gradient, or samples."""
-        frontend, inputs = self.model.frontend, Padded(values=batch.inputs.float(), lengths=batch.lengths)
-        if self.trains_frontend:
-            if not batch.is_waveform:
-                raise ValueError("the model's front-end takes waveforms, and the batch holds stored features")
-            return inputs
-        if batch.is_waveform:
-            with torch.no_grad():
-                return cast(Padded, frontend(inputs.values, inputs.lengths))  # type: ignore[misc]
-        return inputs if frontend is None else frontend.finish(inputs)
-
-    def _num_frames(self, inputs: Padded) -> tuple[int, Tensor]:
-        """Frames T of the padded batch and (B,) real frames, by arithmetic where nothing is computed yet."""
-        if not self.trains_frontend:
-            return inputs.values.shape[1], inputs.lengths
-        frontend = cast(ConvFrontend, self.model.frontend)
-        return frontend.num_frames(inputs.values.shape[1]), cast(Tensor, frontend.num_frames(inputs.lengths))  # type: ignore[arg-type]
-
-    def features_of(self, inputs: Padded) -> Padded:
-        """Front-end output of prepared inputs, with gradients where the front-end is trained."""
-        return cast(ConvFrontend, self.model.frontend)(inputs.values, inputs.lengths) if self.trains_frontend else inputs
 
     def logits(self, features: Padded, mask_BT: Tensor | None) -> Tensor:
         """Returns (B, T, K) for features with the frames of ``mask_BT`` hidden (none when it is None)."""
-        at_features = self.config.mask_at == "features"
-        if mask_BT is not None and at_features:
-            features = Padded(values=self._hide(features.values, mask_BT), lengths=features.lengths)
-        embedded = self.model.embed(features)
-        values = dropout(embedded.values, self.config.input_dropout, self.training)
-        if mask_BT is not None and not at_features:
-            values = self._hide(values, mask_BT)
-        return self.model.heads[HEAD](self.model.encoder(values, embedded.lengths).final)
-
-    def _hide(self, x_BTF: Tensor, mask_BT: Tensor) -> Tensor:
-        if MASK in self.model.heads:
-            return self.model.heads[MASK](x_BTF, mask_BT)
-        return x_BTF.masked_fill(mask_BT[..., None], 0.0)
+        probability = self.config.input_dropout if self.training else 0.0
+        return cluster_logits(self.model, features, mask_BT, self.config.mask_at, input_dropout=probability)
 
     def forward(self, prepared: PreparedMaskedPrediction, totals: dict[str, Tensor]) -> StepOutput:
         """Loss over this micro-batch's share of the frames that ``totals`` counts over the whole step.
 
         All frames go through the head, so shapes are static for ``torch.compile`` and unmasked accuracy costs nothing more.
         """
-        features = self.features_of(prepared.inputs)
+        features = features_of(self.model, prepared.inputs)
         logits_BTK = self.logits(features, prepared.mask_BT).float()
         loss_BT = F.cross_entropy(logits_BTK.transpose(1, 2), prepared.labels_BT, reduction="none", ignore_index=IGNORED_LABEL)
         real_BT = prepared.labels_BT != IGNORED_LABEL
@@ -177,8 +191,8 @@ class MaskedPrediction(nn.Module):
             if coefficients[name]:
                 loss = loss + coefficients[name] * total / totals[name]
             metrics[f"{name}_loss"] = (total.detach(), prepared.weights[name])
-        if self.config.feature_penalty:  # padding is zero in the features, so the sum is over real frames
-            squares = features.values.float().square().mean(-1).sum()
+        if self.config.feature_penalty:
+            squares = feature_square(features)
             loss = loss + self.config.feature_penalty * squares / totals["features"]
             metrics["feature_square"] = (squares.detach(), prepared.weights["features"])
         metrics |= self._metrics(logits_BTK.detach(), prepared.labels_BT, parts)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sslim.batch import Batch, StepOutput
 from sslim.models import SpeechModel
-from sslim.models.elastic import model_units, model_view
-from sslim.models.search_space import SearchSpace, Subnet
+from sslim.models.elastic import check_supernet, model_units, model_view
+from sslim.models.search_space import Subnet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,7 @@ class OnceForAll(nn.Module):
         if not names:
             raise ValueError(f"{type(objective).__name__} holds no model to take subnets of")
         self.objective, self.config, self._name = objective, config, names[0]
-        if self.supernet.config.search_space is None:
-            raise ValueError("once-for-all training needs a supernet, and this model has no search space")
-        self.space.check(self.supernet.config.encoder)
+        self.space = check_supernet(self.supernet.config)
         layers = getattr(getattr(objective, "config", None), "student_layers", None)
         if layers is not None and len(self.space.num_layers) > 1:
             raise ValueError(f"student_layers {layers} name layers that shallower subnets lack; match the final output instead")
@@ -71,12 +69,6 @@ class OnceForAll(nn.Module):
     @property
     def supernet(self) -> SpeechModel:
         return getattr(self.objective, self._name)
-
-    @property
-    def space(self) -> SearchSpace:
-        space = self.supernet.config.search_space
-        assert space is not None
-        return space
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Draws the subnets of a step; the generator is the same on every process."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sslim.batch import Padded, valid_mask, zero_padding
 from sslim.config import dump_json, to_plain
 from sslim.models import SpeechModel
+from sslim.objectives.model_inputs import frontend_output
 
 INSTANCE_NORM_EPS = 1e-5
 
@@ -89,13 +90,7 @@ class Teacher:
 
     def features(self, inputs: Tensor, lengths_B: Tensor) -> Padded:
         """Front-end output of base features (B, T, F) or samples (B, S)."""
-        frontend = self.model.frontend
-        if inputs.dim() == 2:
-            if frontend is None:
-                raise ValueError("the teacher takes features, and the batch holds waveforms")
-            return frontend(inputs.float(), lengths_B)
-        padded = Padded(values=inputs.float(), lengths=lengths_B)
-        return padded if frontend is None else frontend.finish(padded)
+        return frontend_output(self.model, Padded(values=inputs.float(), lengths=lengths_B), "teacher")
 
     @torch.no_grad()
     def frames(self, inputs: Tensor, lengths_B: Tensor) -> Padded:

@@ -3,7 +3,7 @@
 =================  ==================================================================================================
 ``teacher.json``   format version, digests of teacher and corpus, which layers; written first, whole or not at all
 ``index.jsonl``    one line for each utterance: [corpus index, shard, first row, frames]; appended after its rows are synced
-``shard-*.bin``    float16 rows of L * D numbers, one for each of the teacher's frames
+``shard-*.bin``    float16 rows of L * D numbers (of layers) or K (logits), one for each of the teacher's frames
 =================  ==================================================================================================
 
 Each utterance is whole: a teacher whose outputs are cached saw all of an utterance, where a run without a cache shows it the
@@ -31,14 +31,30 @@ from sslim.batch import Batch, Padded
 from sslim.config import read_json, to_plain
 from sslim.data.batching import CorpusBatches, FrameFacts
 from sslim.data.corpus import Corpus
-from sslim.data.store import FLOAT16, FeatureStore, ShardWriter, to_float16
+from sslim.data.store import FLOAT16, FLOAT16_MAX, FeatureStore, ShardWriter, shard_path, to_float16
 from sslim.models.encoding import corpus_inputs, length_batches, num_model_frames
+from sslim.objectives.logit_distillation import LogitTeacher
 from sslim.objectives.teacher import Teacher, model_digest
 from sslim.storage import write_json
 
 FORMAT_VERSION = 1
 DESCRIPTION, INDEX = "teacher.json", "index.jsonl"
 COMMIT_S = 5.0  # seconds of work that a kill may cost
+POLL_S = 0.5  # while another process fills the cache
+
+
+def _difference(key: str, found: Any, needed: Any) -> str:
+    """What a cache holds that is not what a run needs."""
+    if key == "teacher":
+        return "of another teacher"
+    if key == "corpus":
+        return "for another corpus (or this one, prepared anew)"
+    if key == "bf16":
+        return f"of a teacher in {'bf16' if found else 'fp32'}, and this run's is in {'bf16' if needed else 'fp32'}"
+    if key == "target" and isinstance(found, dict):
+        part = next(part for part in needed if found.get(part) != needed[part])
+        return f"for target {part} {found.get(part)}, and this run needs {needed[part]}"
+    return f"for {key} {found}, and this run needs {needed}"
 
 
 class TeacherCache:
@@ -46,14 +62,14 @@ class TeacherCache:
 
     Args:
         folder: Where they are or will be.
-        teacher: The teacher with the layers that are kept.
+        teacher: The teacher with the layers, or the logits, that are kept.
         corpus: Whose utterances.
 
     Raises:
-        ValueError: The folder holds something else: another teacher, corpus, or choice of layers.
+        ValueError: The folder holds something else (another teacher, corpus, or choice of layers), or is not whole.
     """
 
-    def __init__(self, folder: Path, teacher: Teacher, corpus: Corpus) -> None:
+    def __init__(self, folder: Path, teacher: Teacher | LogitTeacher, corpus: Corpus) -> None:
         self.folder, self.teacher, self.corpus = folder, teacher, corpus
         self.description = {
             "format_version": FORMAT_VERSION,
@@ -66,22 +82,30 @@ class TeacherCache:
         self._check()
         self._store = FeatureStore(folder, teacher.dim)
         self.rows = self._read_index()
+        self._check_shards()
 
     def _check(self) -> None:
         path = self.folder / DESCRIPTION
         if not path.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(not file.name.startswith(f".{DESCRIPTION}.") for file in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty and holds no teacher outputs: name another folder")
             return
         found = read_json(path)
         for key, value in self.description.items():
             if found.get(key) != value:
-                what = {"teacher": "another teacher", "corpus": "another corpus (or this one, prepared anew)"}.get(
-                    key, f"{key} {found.get(key)}, this run needs {value}"
-                )
-                raise ValueError(
-                    f"{self.folder} holds outputs for {what}: name another folder with --cache-teacher, or delete it"
-                )
+                told = _difference(key, found.get(key), value)
+                raise ValueError(f"{self.folder} holds outputs {told}: name another folder with --cache-teacher, or delete it")
+
+    def _check_shards(self) -> None:
+        """Whether every shard holds what the index says; what lies beyond was never committed."""
+        ends: dict[int, int] = {}
+        for shard, row, count in self.rows.values():
+            ends[shard] = max(ends.get(shard, 0), row + count)
+        for shard, end in ends.items():
+            path, needed = shard_path(self.folder, shard), end * self.teacher.dim * FLOAT16.itemsize
+            found = path.stat().st_size if path.is_file() else 0
+            if found < needed:
+                raise ValueError(f"{path} has {found} bytes, {needed} were written: delete {self.folder}, it is not whole")
 
     def _read_index(self) -> dict[int, tuple[int, int, int]]:
         """Utterance to (shard, first row, frames); a last line that a kill cut off does not count."""
@@ -111,7 +135,7 @@ class TeacherCache:
         """Runs the teacher on what is missing and says beforehand how much room it takes.
 
         Raises:
-            ValueError: There is not enough room, or another process is writing here.
+            ValueError: There is not enough room, another process is writing here, or float16 cannot hold the outputs.
         """
         missing = self.missing(utterances)
         if len(missing) == 0:
@@ -128,8 +152,21 @@ class TeacherCache:
             raise ValueError(
                 f"{self.folder} has room for {free / 1e6:,.0f} MB, the teacher's outputs need {num_bytes / 1e6:,.0f} MB"
             )
+        if not (self.folder / DESCRIPTION).is_file():
+            write_json(self.folder / DESCRIPTION, self.description)
         with self._writing() as commit:
             self._run(missing, inputs, batch_s, commit)
+
+    def wait_for(self, utterances: np.ndarray) -> None:
+        """Returns when another process has written what is missing here.
+
+        A barrier of the processes would give up after some minutes, and a large corpus takes hours.
+        """
+        while len(self.missing(utterances)):
+            time.sleep(POLL_S)
+            self._check()
+            self.rows = self._read_index()
+        self._store = FeatureStore(self.folder, self.teacher.dim)
 
     def _run(self, missing: np.ndarray, inputs: Any, batch_s: float, commit: Callable[[list[list[int]]], None]) -> None:
         pending: list[list[int]] = []
@@ -139,8 +176,14 @@ class TeacherCache:
             lengths_B = torch.tensor([len(value) for value in values], device=device)
             padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True).to(device)
             for position, frames in zip(positions, self._frames(padded, lengths_B), strict=True):
+                index, largest = int(missing[position]), float(np.abs(frames).max(initial=0.0))
+                if not largest <= FLOAT16_MAX:  # or NaN
+                    raise ValueError(
+                        f"the teacher's outputs for utterance {self.corpus.utterance(index).id} reach {largest:.4g}, and "
+                        f"float16 holds {FLOAT16_MAX:g} at most: leave --cache-teacher out"
+                    )
                 shard, row = self._writer.append(to_float16(frames))
-                pending.append([int(missing[position]), shard, row, len(frames)])
+                pending.append([index, shard, row, len(frames)])
             if time.monotonic() - committed >= COMMIT_S:
                 commit(pending)
                 pending, committed = [], time.monotonic()
@@ -159,9 +202,9 @@ class TeacherCache:
                 fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise ValueError(f"another run is writing teacher outputs to {self.folder}: wait for it") from error
-            self.rows = self._read_index()  # another run may have written while this one was starting
+            self._check()  # another run may have written while this one was starting
+            self.rows = self._read_index()
             index.truncate((self.folder / INDEX).read_bytes().rfind(b"\n") + 1)
-            write_json(self.folder / DESCRIPTION, self.description)
             ends = [(shard, row + count) for shard, row, count in self.rows.values()]
             shard, row = max(ends, default=(0, 0))
             width = self.teacher.dim * FLOAT16.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
+
+
 def _copy_part(name: str, prefix: str, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     """Copies a part's tensors of equal shape; returns a note when some do not fit."""
     fits = [key for key in mine if key in theirs and mine[key].shape == theirs[key].shape]
@@ -42,9 +47,9 @@ def _copy_part(name: str, prefix: str, mine: dict[str, Tensor], theirs: dict[str
     unused = [f"{prefix}{key}" for key in theirs if key not in mine]
     notes = []
     if left:
-        notes.append(f"{name}: {', '.join(left[:3])}{' and more' if len(left) > 3 else ''} did not fit and start at random")
+        notes.append(f"{name}: {_few(left)} did not fit and are not taken over")
     if unused:
-        notes.append(f"{name}: the teacher's {', '.join(unused[:3])}{' and more' if len(unused) > 3 else ''} have no place")
+        notes.append(f"{name}: the student has no place for the teacher's {_few(unused)}")
     return notes
 
 
@@ -61,7 +66,7 @@ def init_from_teacher(student: SpeechModel, teacher: SpeechModel, config: Teache
         config: What is taken over.
 
     Returns:
-        Notes on what did not fit outside the blocks.
+        Notes on what did not fit outside the blocks, and on settings that make other use of what did.
 
     Raises:
         ValueError: The layers are not one for each block, or do not exist, or a block has other shapes than its layer.
@@ -88,7 +93,23 @@ def init_from_teacher(student: SpeechModel, teacher: SpeechModel, config: Teache
             raise ValueError(f"init.layers names teacher layer {layer}, the teacher has layers 1 to {len(depths)}")
         source = _part(theirs, f"encoder.blocks.{depths[layer - 1]}.")
         _copy_block(number, layer, _part(mine, f"encoder.blocks.{number}."), source)
-    return notes
+    return notes + _other_settings(student, teacher, config)
+
+
+def _other_settings(student: SpeechModel, teacher: SpeechModel, config: TeacherInitConfig) -> list[str]:
+    """Notes on settings that give the copied tensors another meaning than they had in the teacher."""
+    mine, theirs = student.config, teacher.config
+    compared: list[tuple[str, Any, Any]] = []
+    if config.frontend:
+        compared.append(("normalize_waveform", mine.frontend, theirs.frontend))
+    if any(config.layers):
+        compared += [(name, mine.encoder, theirs.encoder) for name in ("norm_placement", "activation")]
+    pairs = [(name, getattr(here, name, None), getattr(there, name, None)) for name, here, there in compared]
+    return [
+        f"{name} is {there!r} in the teacher and {here!r} in the student"
+        for name, here, there in pairs
+        if None not in (here, there) and here != there
+    ]
 
 
 def _copy_block(number: int, layer: int, block: dict[str, Tensor], source: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sslim.batch import Padded
 from sslim.data.corpus import Corpus
 from sslim.frontends import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig, build_frontend
-from sslim.models.encoding import DEFAULT_BATCH_S, corpus_inputs, encode_utterances, num_model_frames
+from sslim.models.encoding import DEFAULT_BATCH_S, corpus_inputs, encode_utterances, model_frame_shift_s, num_model_frames
 from sslim.models.speech import SpeechModel, build_model, restore_statistics
 
 IN_MEMORY_BYTES = 2**30  # larger frame stores go to an unlinked temporary file
@@ -61,7 +61,7 @@ def model_representation(
         name=name,
         kind=kind,
         num_layers=model.num_layers + 1,
-        frame_shift_s=corpus.base_frame_shift_s if model.frontend is None else model.frontend.frame_shift_s,
+        frame_shift_s=model_frame_shift_s(model, corpus),
         num_parameters=model.num_parameters(with_heads=False),
         num_frames=lambda indices: num_model_frames(model, corpus_inputs(model, corpus, indices)),
         layers_of=layers_of,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sslim.config import read_json, to_plain
+from sslim.profiling.measure import macs_at
 from sslim.storage import write_json
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 SHARE_DIGITS = 4  # of accuracies: 0.01 %
 WEIGHT_DIGITS = 4
+MACS_SECONDS = 10.0  # length of the utterances that a row's MACs are for
 
 
 def spread(values: Sequence[float]) -> float:
@@ -41,7 +43,7 @@ def build_row(
     """Returns one row: a score for each seed (the mean over folds), their mean and standard deviation, and what was chosen.
 
     Args:
-        source: The model's path and digest; None for baselines.
+        source: The model, its path and digest; None for baselines.
         representation: What was probed.
         layer: ``mix``, a number, or ``-`` for features.
         outcomes: One for each seed.
@@ -55,6 +57,8 @@ def build_row(
         "model": source.path if source else None,
         "model_digest": source.digest if source else None,
         "num_parameters": representation.num_parameters,
+        "macs_per_second": macs_at(source.model.config, MACS_SECONDS).total / MACS_SECONDS if source else None,
+        "macs_seconds": MACS_SECONDS if source else None,
         "frame_period_s": representation.frame_shift_s,
         "layer": layer,
         "scores": _rounded(scores),

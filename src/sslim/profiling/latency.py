@@ -13,12 +13,11 @@ and a block's weights are not all in cache because the same block ran just befor
 from __future__ import annotations
 
 import platform
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from sslim.models.search_space import SearchSpace, Subnet
 from sslim.models.speech import ModelConfig, Projection, SpeechModel, build_model
 from sslim.nn.encoder import BlockConfig, Encoder, EncoderConfig
 from sslim.profiling.macs import count_macs, frontend_rate
+from sslim.profiling.turns import times_in_turns, using_threads
 from sslim.storage import write_json
 
 FORMAT_VERSION = 1
@@ -212,36 +212,53 @@ class _Whole(nn.Module):
         return run(inputs, keep_layers=False).final
 
 
+def check_device(name: str) -> None:
+    """Checks that torch can run on a device.
+
+    Args:
+        name: ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        ValueError: Another name, or no such GPU here.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in name and (kind == "cpu" or not number.isdecimal())):
+        raise ValueError(f"device is {name!r}; accepted are cpu, cuda and cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch finds no GPU here; cpu works everywhere")
+    if number and int(number) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch finds {torch.cuda.device_count()} here, counted from 0")
+
+
 Timed = tuple[nn.Module, Tensor]
 
 
 def time_in_turns(
-    pairs: Mapping[str, Timed], *, device: str, repeats: int, seed: int = 0, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """Returns the median milliseconds of each module on its input: one warm-up, then ``repeats`` rounds in random order.
+    pairs: Mapping[str, Timed],
+    *,
+    device: str,
+    repeats: int,
+    least_s: float = 0.0,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Returns the milliseconds of each module on its input in each round: one warm-up, then rounds in random order.
 
     Args:
         pairs: Name to module and input, both on ``device``.
         device: ``cpu`` or ``cuda``; a GPU is waited for before and after each run.
-        repeats: Rounds.
+        repeats: Rounds that count.
+        least_s: Seconds for which rounds go on at least: small models need many, since other load disturbs them most.
         seed: Decides the orders.
         clock: Monotonic seconds.
+
+    Raises:
+        ValueError: Less than one round.
     """
-    rng, names = random.Random(seed), list(pairs)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
-    with torch.inference_mode():
-        for turn in range(repeats + 1):
-            rng.shuffle(names)
-            for name in names:
-                module, inputs = pairs[name]
-                synchronize()
-                start = clock()
-                module(inputs)
-                synchronize()
-                if turn:
-                    times[name].append(clock() - start)
-    return {name: 1000 * statistics.median(times[name]) for name in pairs}
+    if repeats < 1:
+        raise ValueError(f"latency is to be measured in {repeats} rounds; expected 1 or more")
+    calls = {name: partial(module, inputs) for name, (module, inputs) in pairs.items()}
+    return times_in_turns(calls, device=device, repeats=repeats, least_s=least_s, seed=seed, clock=clock)
 
 
 def measure_latency(
@@ -249,6 +266,7 @@ def measure_latency(
     conditions: Conditions,
     *,
     repeats: int = 10,
+    least_s: float = 0.0,
     seed: int = 0,
     whole_nets: int = 0,
     say: Callable[[str], None] = lambda _: None,
@@ -260,20 +278,21 @@ def measure_latency(
     Args:
         config: The supernet.
         conditions: Length, batch, threads, device.
-        repeats: Rounds; the median counts.
+        repeats: Rounds at least; the median counts.
+        least_s: Seconds that all rounds take at least.
         seed: Decides orders, random weights and the whole nets.
         whole_nets: Random subnets to measure whole, to check and correct the sums; 0 for none, else at least 3. They are in
             memory all at once.
         say: Told what is being measured.
 
     Raises:
-        ValueError: Too few whole nets to judge.
+        ValueError: Too few whole nets to judge, or no round.
     """
     if whole_nets and (config.search_space is None or whole_nets < 3):
         raise ValueError(f"{whole_nets} whole nets cannot check the sums: it takes 3 or more, and a supernet to draw them from")
     subnets = [] if config.search_space is None else varied_subnets(config.search_space, whole_nets, seed)
     configs = {f"whole {i}": subnet_config(config, subnet) for i, subnet in enumerate(subnets)}
-    with _threads(conditions):
+    with using_threads(conditions.threads):
         pairs = _parts(config, conditions, seed)
         say(
             f"measuring {len(pairs)} parts{f' and {len(configs)} whole nets to check their sums' if configs else ''}: "
@@ -281,8 +300,9 @@ def measure_latency(
         )
         names = list(pairs)
         pairs |= _whole(configs, conditions, seed)
-        times = time_in_turns(pairs, device=conditions.device, repeats=repeats, seed=seed)
-    machine = {**describe_machine(conditions.device), "repeats": str(repeats)}
+        rounds = time_in_turns(pairs, device=conditions.device, repeats=repeats, least_s=least_s, seed=seed)
+    times = {name: statistics.median(of_name) for name, of_name in rounds.items()}
+    machine = {**describe_machine(conditions.device), "repeats": str(len(rounds[names[0]]))}
     table = LatencyTable(conditions=conditions, parts={name: times[name] for name in names}, machine=machine)
     if not configs:
         return table
@@ -302,11 +322,13 @@ def varied_subnets(space: SearchSpace, count: int, seed: int) -> list[Subnet]:
 
 
 def measure_whole(
-    configs: Mapping[str, ModelConfig], conditions: Conditions, *, repeats: int = 10, seed: int = 0
+    configs: Mapping[str, ModelConfig], conditions: Conditions, *, repeats: int = 10, least_s: float = 0.0, seed: int = 0
 ) -> dict[str, float]:
     """Returns the median milliseconds of whole models with random weights, from waveform (or features) to the last layer."""
-    with _threads(conditions):
-        return time_in_turns(_whole(configs, conditions, seed), device=conditions.device, repeats=repeats, seed=seed)
+    with using_threads(conditions.threads):
+        pairs = _whole(configs, conditions, seed)
+        rounds = time_in_turns(pairs, device=conditions.device, repeats=repeats, least_s=least_s, seed=seed)
+    return {name: statistics.median(of_name) for name, of_name in rounds.items()}
 
 
 def _whole(configs: Mapping[str, ModelConfig], conditions: Conditions, seed: int) -> dict[str, Timed]:
@@ -314,18 +336,8 @@ def _whole(configs: Mapping[str, ModelConfig], conditions: Conditions, seed: int
     pairs: dict[str, Timed] = {}
     for name, config in configs.items():
         model = _ready(replace(config, heads={}, search_space=None), generator).to(conditions.device)
-        pairs[name] = (_Whole(model).eval(), _inputs(config, conditions, generator))
+        pairs[name] = (_Whole(model).eval(), noise_inputs(config, conditions, generator))
     return pairs
-
-
-@contextmanager
-def _threads(conditions: Conditions) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(conditions.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def compare(predicted_ms: Sequence[float], measured_ms: Sequence[float]) -> Additivity:
@@ -388,15 +400,20 @@ def _ready(config: ModelConfig, generator: torch.Generator) -> SpeechModel:
     frontend = config.frontend
     if isinstance(frontend, SpectralFrontendConfig) and frontend.normalization.kind == "global":
         config = replace(config, frontend=replace(frontend, normalization=replace(frontend.normalization, statistics=None)))
-    model = build_model(config, generator)
-    if isinstance(model.frontend, SpectralFrontend) and model.frontend.config.normalization.kind == "global":
-        dim = model.frontend.normalized_dim
+    return with_some_statistics(build_model(config, generator))
+
+
+def with_some_statistics(model: SpeechModel) -> SpeechModel:
+    """Gives a front-end that lacks its global mean and standard deviation zeros and ones: time does not depend on them."""
+    frontend = model.frontend
+    if isinstance(frontend, SpectralFrontend) and frontend.config.normalization.kind == "global" and frontend.mean is None:
+        dim = frontend.normalized_dim
         model.set_statistics(torch.zeros(dim), torch.ones(dim), source="none: for timing")
     return model.eval()
 
 
-def _inputs(config: ModelConfig, conditions: Conditions, generator: torch.Generator) -> Tensor:
-    """Noise: waveforms, or features for a model without a front-end (then a frame is taken as 10 ms)."""
+def noise_inputs(config: ModelConfig, conditions: Conditions, generator: torch.Generator) -> Tensor:
+    """Returns noise: waveforms (B, S), or features (B, T, F) for a model without a front-end (a frame is taken as 10 ms)."""
     if config.frontend is None:
         shape: tuple[int, ...] = (conditions.batch, round(100 * conditions.seconds), config.projection.feature_dim)
     else:
@@ -407,14 +424,14 @@ def _inputs(config: ModelConfig, conditions: Conditions, generator: torch.Genera
 def _parts(config: ModelConfig, conditions: Conditions, seed: int) -> dict[str, Timed]:
     """Every part of every subnet, with an input for each."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = _inputs(config, conditions, generator)
+    inputs = noise_inputs(config, conditions, generator)
     pairs: dict[str, Timed] = {}
-    num_frames = inputs.shape[1]
+    num_frames = inputs.shape[1] // config.projection.stack
     if config.frontend is not None:
         tiny = replace(config, heads={}, search_space=None, encoder=replace(config.encoder, blocks=(), depth_map=()))
         pairs[FRONTEND] = (_Frontend(_ready(tiny, generator)).eval().to(conditions.device), inputs)
         num_frames = count_macs(config, seconds=conditions.seconds).num_frames
-    features = torch.randn(conditions.batch, num_frames, config.projection.feature_dim, generator=generator)
+    features = torch.randn(conditions.batch, num_frames, config.projection.stacked_dim, generator=generator)
     for net in _all_widths(config):
         encoder = net.encoder
         if entry_name(encoder) not in pairs:

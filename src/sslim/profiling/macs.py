@@ -18,11 +18,26 @@ from typing import Literal
 
 import torch
 
-from sslim.audio import kaldi_num_frames, num_conv_frames, num_stacked_frames, samples_of_ms
-from sslim.frontends.config import ConvFrontendConfig, FilterbankConfig, FrontendConfig, MfccConfig, SpectralFrontendConfig
+from sslim.audio import centred_num_frames, kaldi_num_frames, num_conv_frames, num_stacked_frames, samples_of_ms
+from sslim.frontends.config import (
+    ConvFrontendConfig,
+    FilterbankConfig,
+    FrontendConfig,
+    MfccConfig,
+    SpectralFrontendConfig,
+    SpectrogramConfig,
+    StftConfig,
+)
 from sslim.models.speech import ModelConfig
 from sslim.nn.encoder import BlockConfig, EncoderConfig
-from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig, HeadConfig, RegressionHeadConfig, SplitHeadConfig
+from sslim.nn.heads import (
+    ClusterHeadConfig,
+    CodewordHeadConfig,
+    HeadConfig,
+    RegressionHeadConfig,
+    SpectrogramHeadConfig,
+    SplitHeadConfig,
+)
 from sslim.nn.positions import ConvPositionsConfig
 from sslim.nn.reference_windows import reference_shape
 from sslim.nn.relative_positions import GATE_UNITS
@@ -125,11 +140,12 @@ def count_macs(
         parts, num_frames = frontend_macs(config.frontend, samples)
         if num_frames < 1:
             raise ValueError(f"{duration_s:g} s of audio are shorter than one frame of this model")
-    elif num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}; expected at least 1")
+    elif num_frames < config.projection.stack:
+        raise ValueError(f"num_frames is {num_frames}; expected at least {config.projection.stack}")
+    num_frames //= config.projection.stack
     encoder = config.encoder
     if config.projection.linear:
-        parts["projection"] = num_frames * config.projection.feature_dim * encoder.dim
+        parts["projection"] = num_frames * config.projection.stacked_dim * encoder.dim
     if isinstance(positions := encoder.positions, ConvPositionsConfig):
         parts["positions"] = num_frames * encoder.dim * (encoder.dim // positions.groups) * positions.kernel_size
     for depth, index in enumerate(encoder.depth_map, 1):
@@ -193,12 +209,17 @@ def head_macs(head: HeadConfig, dim: int) -> int:
         return dim * head.output_dim
     if isinstance(head, SplitHeadConfig):
         return head.num_tasks * head.hidden_dim * (dim + head.output_dim)
+    if isinstance(head, SpectrogramHeadConfig):
+        return head.hidden_dim * (dim + head.output_dim)
     return 0
 
 
 def frontend_rate(config: FrontendConfig) -> int:
     """Sample rate in Hz of the waveforms that a front-end takes."""
-    return config.sample_rate if isinstance(config, ConvFrontendConfig) else _filterbank(config).sample_rate
+    if isinstance(config, ConvFrontendConfig):
+        return config.sample_rate
+    features = config.features
+    return features.sample_rate if isinstance(features, FilterbankConfig | StftConfig) else features.filterbank.sample_rate
 
 
 def frontend_macs(config: FrontendConfig, num_samples: int) -> tuple[dict[str, int], int]:
@@ -217,12 +238,28 @@ def frontend_macs(config: FrontendConfig, num_samples: int) -> tuple[dict[str, i
     return parts, length
 
 
-def _filterbank(config: SpectralFrontendConfig) -> FilterbankConfig:
-    return config.features if isinstance(config.features, FilterbankConfig) else config.features.filterbank
-
-
 def _spectral_macs(config: SpectralFrontendConfig, num_samples: int) -> tuple[dict[str, int], int]:
-    filterbank = _filterbank(config)
+    features = config.features
+    stft = isinstance(features, StftConfig)
+    parts, frames, dim = _stft_macs(features, num_samples) if stft else _kaldi_macs(features, num_samples)  # type: ignore[arg-type]
+    if config.cepstra:
+        parts["frontend.cepstra"] = parts.get("frontend.cepstra", 0) + frames * dim * config.cepstra
+    return parts, num_stacked_frames(frames, config.stack, config.stack_tail)
+
+
+def _stft_macs(config: StftConfig, num_samples: int) -> tuple[dict[str, int], int, int]:
+    """MACs by part, frames, features."""
+    size = 2 * (config.num_bins - 1)
+    frames = centred_num_frames(num_samples, size, samples_of_ms(config.frame_shift_ms, config.sample_rate))
+    parts = {"frontend.transform": frames * round(size * math.log2(size))}
+    if config.num_mel_bins:
+        parts["frontend.mel"] = frames * config.num_bins * config.num_mel_bins
+    return parts, frames, config.num_mel_bins or config.num_bins
+
+
+def _kaldi_macs(config: FilterbankConfig | MfccConfig | SpectrogramConfig, num_samples: int) -> tuple[dict[str, int], int, int]:
+    """MACs by part, frames, features."""
+    filterbank = config if isinstance(config, FilterbankConfig) else config.filterbank
     frame_length = samples_of_ms(filterbank.frame_length_ms, filterbank.sample_rate)
     shift = samples_of_ms(filterbank.frame_shift_ms, filterbank.sample_rate)
     frames = kaldi_num_frames(num_samples, frame_length, shift, snip_edges=filterbank.snip_edges)
@@ -230,12 +267,10 @@ def _spectral_macs(config: SpectralFrontendConfig, num_samples: int) -> tuple[di
     bins = size // 2 + 1
     parts = {"frontend.transform": frames * round(size * math.log2(size))}
     dim = bins
-    if config.features.kind != "spectrogram":
+    if config.kind != "spectrogram":
         dim = filterbank.num_mel_bins + int(filterbank.use_energy)
         parts["frontend.mel"] = frames * (2 * bins if filterbank.power else bins) * filterbank.num_mel_bins
-    if isinstance(config.features, MfccConfig):
-        parts["frontend.cepstra"] = frames * filterbank.num_mel_bins * config.features.num_coefficients
-        dim = config.features.num_coefficients
-    if config.cepstra:
-        parts["frontend.cepstra"] = parts.get("frontend.cepstra", 0) + frames * dim * config.cepstra
-    return parts, num_stacked_frames(frames, config.stack, config.stack_tail)
+    if isinstance(config, MfccConfig):
+        parts["frontend.cepstra"] = frames * filterbank.num_mel_bins * config.num_coefficients
+        dim = config.num_coefficients
+    return parts, frames, dim

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from sslim.config import to_plain
+from sslim.config import OMIT_DEFAULT, to_plain
 from sslim.data.batching import BatchingConfig, BatchPlan, CorpusBatches, FrameFacts
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
@@ -30,6 +30,8 @@ class DataConfig:
         train_splits: Splits to train on; None is all but dev, test and validation.
         valid_split: Split to validate on; None is dev or valid(ation) where there is one.
         valid_share: Share of the training utterances held out for validation when no such split exists.
+        split_seed: Decides which these are; None leaves it to the run's seed. Runs that follow one another with seeds of their
+            own go on holding out the same ones.
     """
 
     batch_s: float | None = 60.0
@@ -40,6 +42,7 @@ class DataConfig:
     train_splits: tuple[str, ...] | None = None
     valid_split: str | None = None
     valid_share: float = 0.02
+    split_seed: int | None = field(default=None, metadata={OMIT_DEFAULT: True})
 
 
 def _chosen(corpus: Corpus, wanted: Callable[[str | None], bool]) -> np.ndarray:
@@ -71,7 +74,7 @@ def split_utterances(corpus: Corpus, data: DataConfig, seed: int) -> tuple[np.nd
     if valid_split is not None:
         valid = _chosen(corpus, lambda split: split == valid_split)
     else:
-        order = np.random.default_rng([seed, 1]).permutation(len(train))
+        order = np.random.default_rng([seed if data.split_seed is None else data.split_seed, 1]).permutation(len(train))
         least = 1 if data.valid_share and len(train) >= 10 else 0
         held_out = np.sort(order[: max(least, int(data.valid_share * len(train)))])
         valid, train = train[held_out], np.delete(train, held_out)

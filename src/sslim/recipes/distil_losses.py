@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 
 from sslim.config import nearest
 from sslim.models import ModelConfig
-from sslim.objectives import DistillationConfig, MaskingConfig, TargetConfig
+from sslim.objectives import DistillationConfig, LogitDistillationConfig, MaskingConfig, TargetConfig
+from sslim.objectives.model_inputs import mask_place
+
+DistilObjective = DistillationConfig | LogitDistillationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +110,12 @@ def data2vec(student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | N
     """The mean of the last two thirds of the teacher's feed-forward outputs (8 of 12), at hidden frames; L1 alone.
 
     LightHuBERT's first stage. Whether it normalised the targets and which frames counted is not published; here they are
-    normalised over time and hidden frames count.
+    normalised over time and hidden frames count. Layers without a feed-forward part (of a pruned teacher) are left out.
     """
-    depth = teacher.encoder.num_layers
-    last = tuple(range(depth - max(1, round(2 * depth / 3)) + 1, depth + 1))
-    chosen = last if layers is None else _only_teacher(layers, "data2vec")
+    encoder = teacher.encoder
+    whole = [layer for layer, block in enumerate(encoder.depth_map, 1) if encoder.blocks[block].feedforward_dim]
+    last = tuple(layer for layer in whole if layer > encoder.num_layers - max(1, round(2 * encoder.num_layers / 3)))
+    chosen = (last or tuple(whole)) if layers is None else _only_teacher(layers, "data2vec")
     return DistillationConfig(
         target=TargetConfig(layers=chosen, average=True, source="feedforward", instance_norm=True),
         cosine_weight=0.0,
@@ -121,15 +125,23 @@ def data2vec(student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | N
     )
 
 
-LOSSES: dict[str, Callable[[ModelConfig, ModelConfig, LayerChoice | None], DistillationConfig]] = {
+def logits(student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | None = None) -> LogitDistillationConfig:
+    """The teacher's cluster probabilities alone, at temperature 1, with nothing hidden: MelHuBERT's compression as shipped."""
+    if layers is not None:
+        raise ValueError("the loss 'logits' learns from the head over clusters and from no layer: leave the layers out")
+    return LogitDistillationConfig(mask_at=mask_place(student), teacher_mask_at=mask_place(teacher))
+
+
+LOSSES: dict[str, Callable[[ModelConfig, ModelConfig, LayerChoice | None], DistilObjective]] = {
     "distil-hubert": distil_hubert,
     "distil-alhubert": distil_alhubert,
     "dp-hubert": dp_hubert,
     "data2vec": data2vec,
+    "logits": logits,
 }
 
 
-def loss_for(name: str, student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | None = None) -> DistillationConfig:
+def loss_for(name: str, student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | None = None) -> DistilObjective:
     """Returns the settings of a published loss.
 
     Args:
@@ -146,10 +158,10 @@ def loss_for(name: str, student: ModelConfig, teacher: ModelConfig, layers: Laye
     return LOSSES[name](student, teacher, layers)
 
 
-def with_layers(
-    config: DistillationConfig, layers: LayerChoice, student: ModelConfig, teacher: ModelConfig
-) -> DistillationConfig:
+def with_layers(config: DistilObjective, layers: LayerChoice, student: ModelConfig, teacher: ModelConfig) -> DistilObjective:
     """Returns the settings with other layers and all else the same; maps are shared by the same rule as in DPHuBERT."""
+    if isinstance(config, LogitDistillationConfig):
+        return logits(student, teacher, layers)  # which refuses them
     if config.student_layers is None:
         return replace(config, target=replace(config.target, layers=_only_teacher(layers, "with heads")))
     student_layers, teacher_layers = _pairs(layers, student, teacher)

@@ -21,10 +21,9 @@ from sslim.models.distilhubert import distilalhubert, distilhubert
 from sslim.models.hubert import hubert
 from sslim.models.lighthubert import lighthubert
 from sslim.models.melhubert import melhubert
-from sslim.objectives import DistillationConfig
 from sslim.objectives.teacher_init import TeacherInitConfig
 from sslim.recipes.corpus_batches import DataConfig
-from sslim.recipes.distil_losses import LayerChoice, loss_for
+from sslim.recipes.distil_losses import DistilObjective, LayerChoice, distil_alhubert, loss_for
 from sslim.training import OptimizerConfig, ScheduleConfig, TrainerConfig
 
 
@@ -47,7 +46,7 @@ class DistilRecipe:
     about: str
     loss: str
     model: ModelConfig
-    objective: DistillationConfig
+    objective: DistilObjective
     init: TeacherInitConfig | None = None
     training: TrainerConfig
     data: DataConfig = DataConfig()
@@ -145,7 +144,7 @@ def _mini(name: str, about: str, num_layers: int, repeats: int, init: tuple[int,
         about=about,
         loss="distil-alhubert",
         model=student,
-        objective=replace(loss_for("distil-alhubert", student, teacher, layers), distance="l1", over_targets="mean"),
+        objective=replace(distil_alhubert(student, teacher, layers), distance="l1", over_targets="mean"),
         init=TeacherInitConfig(layers=init),
         training=TrainerConfig(
             total_steps=2_000,

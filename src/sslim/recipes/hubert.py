@@ -22,7 +22,8 @@ def hubert_base() -> PretrainRecipe:
     """HuBERT Base, section III-B and fairseq's ``hubert_base_librispeech``: 95 million parameters, two iterations on 960 hours.
 
     A step holds 32 micro-batches of at most 87.5 s; with N processes set ``training.accumulate`` to 32 / N. It was not trained
-    here. Unlike fairseq, shorter utterances of a batch are padded, not all cut to the shortest.
+    here. Unlike fairseq, shorter utterances of a batch are padded, not all cut to the shortest, and no frame is unmasked again
+    to make masks of a batch equally large (``same_count``): that would leave long utterances beside short ones almost unmasked.
     """
     return PretrainRecipe(
         name="hubert-base",

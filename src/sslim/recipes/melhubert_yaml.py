@@ -6,6 +6,7 @@ and an unknown one is an error, where the reference ignores it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,12 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
 DATA_DEFAULTS: dict[str, Any] = {
     "num_workers": 0, "train_batch_size": 4, "max_timestep": 0, "sets": [], "sequence_length": None,
 }  # fmt: skip
+REQUIRED = object()  # in place of a default
 COMPRESSION_SECTIONS = ("prune", "teacher", "loss_param")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the sections of a YAML file."""
     import yaml
 
     try:
@@ -59,17 +62,25 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _section(values: dict[str, Any], name: str, defaults: dict[str, Any], source: Path) -> dict[str, Any]:
+def read_section(values: dict[str, Any], name: str, defaults: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Returns a section with the defaults of what it leaves out; ``REQUIRED`` stands for none.
+
+    Raises:
+        ConfigError: There is no such section, it has an unknown key, or lacks one without a default.
+    """
     section = values.get(name)
     if not isinstance(section, dict):
         raise ConfigError(f"{source} has no section {name!r}{nearest(name, values)}")
     for key in section:
         if key not in defaults:
             raise ConfigError(f"{source}: section {name!r} has no key {key!r}{nearest(key, defaults)}")
+    for key, default in defaults.items():
+        if default is REQUIRED and key not in section:
+            raise ConfigError(f"{source}: section {name!r} lacks the key {key!r}")
     return {**defaults, **section}
 
 
-def _number(value: Any, key: str) -> float:
+def as_number(value: Any, key: str) -> float:
     """YAML reads ``1e-4`` as a string; the reference casts with ``float``."""
     try:
         return float(value)
@@ -77,7 +88,12 @@ def _number(value: Any, key: str) -> float:
         raise ConfigError(f"{key} is {value!r}, expected a number") from None
 
 
-def _model(m: dict[str, Any], source: Path) -> ModelConfig:
+def model_of(m: dict[str, Any], source: Path) -> ModelConfig:
+    """Returns the architecture that a model section describes.
+
+    Raises:
+        ConfigError: A setting that the reference could never run.
+    """
     if m["pos_emb_type"] != "conv" or int(m["pos_conv_depth"]) != 1:
         raise ConfigError(f"{source}: positions {m['pos_emb_type']!r} of depth {m['pos_conv_depth']} never ran; use 'conv', 1")
     if m["attention_type"] != "original":
@@ -103,33 +119,39 @@ def _model(m: dict[str, Any], source: Path) -> ModelConfig:
             input_norm=not pre,
             final_norm=pre,
             activation=ACTIVATIONS[m["activation_fn"]],  # type: ignore[arg-type]
-            dropout=_number(m["dropout"], "dropout"),
-            attention_dropout=_number(m["attention_dropout"], "attention_dropout"),
-            activation_dropout=_number(m["activation_dropout"], "activation_dropout"),
-            layer_drop=_number(m["encoder_layerdrop"], "encoder_layerdrop"),
+            dropout=as_number(m["dropout"], "dropout"),
+            attention_dropout=as_number(m["attention_dropout"], "attention_dropout"),
+            activation_dropout=as_number(m["activation_dropout"], "activation_dropout"),
+            layer_drop=as_number(m["encoder_layerdrop"], "encoder_layerdrop"),
         ),
         heads=heads,
     )
 
 
-def _objective(m: dict[str, Any]) -> MaskedPredictionConfig:
+def objective_of(m: dict[str, Any]) -> MaskedPredictionConfig:
+    """Returns the masks and weights that a model section describes."""
     return MaskedPredictionConfig(
         masking=MaskingConfig(
-            probability=_number(m["mask_prob"], "mask_prob"),
+            probability=as_number(m["mask_prob"], "mask_prob"),
             span_length=int(m["mask_length"]),
             length_distribution=m["mask_selection"],
-            length_other=_number(m["mask_other"], "mask_other"),
+            length_other=as_number(m["mask_other"], "mask_other"),
             overlap=not m["no_mask_overlap"],
             min_space=int(m["mask_min_space"]),
             edges="reference",
         ),
-        masked_weight=0.0 if m["skip_masked"] else _number(m["pred_masked_weight"], "pred_masked_weight"),
-        unmasked_weight=0.0 if m["skip_nomask"] else _number(m["pred_nomask_weight"], "pred_nomask_weight"),
+        masked_weight=0.0 if m["skip_masked"] else as_number(m["pred_masked_weight"], "pred_masked_weight"),
+        unmasked_weight=0.0 if m["skip_nomask"] else as_number(m["pred_nomask_weight"], "pred_nomask_weight"),
         mask_at="features" if m["mask_before_proj"] else "projection",
     )
 
 
-def _training(runner: dict[str, Any], optimizer: dict[str, Any], num_workers: int) -> TrainerConfig:
+def training_of(runner: dict[str, Any], optimizer: dict[str, Any], num_workers: int) -> TrainerConfig:
+    """Returns the training that the sections ``runner`` and ``optimizer`` describe.
+
+    Raises:
+        ConfigError: Another optimiser, or no length.
+    """
     if optimizer["torch_optim_name"] not in ("Adam", "AdamW"):
         raise ConfigError(f"optimizer {optimizer['torch_optim_name']!r} is not known; the reference uses 'Adam'")
     epochs, steps = int(runner["n_epochs"]), int(runner["total_steps"])
@@ -139,19 +161,39 @@ def _training(runner: dict[str, Any], optimizer: dict[str, Any], num_workers: in
         total_steps=None if epochs > 0 else steps,
         epochs=epochs if epochs > 0 else None,
         accumulate=int(runner["gradient_accumulate_steps"]),
-        max_grad_norm=_number(runner["gradient_clipping"], "gradient_clipping"),
+        max_grad_norm=as_number(runner["gradient_clipping"], "gradient_clipping"),
         log_every=int(runner["log_step"]),
         save_every_epochs=int(runner["save_every_x_epochs"]),
         num_workers=num_workers,
         optimizer=OptimizerConfig(
             kind=optimizer["torch_optim_name"].lower(),
-            lr=_number(optimizer["lr"], "lr"),
-            betas=tuple(_number(beta, "betas") for beta in optimizer["betas"]),  # type: ignore[arg-type]
-            eps=_number(optimizer["eps"], "eps"),
-            weight_decay=_number(optimizer["weight_decay"], "weight_decay"),
+            lr=as_number(optimizer["lr"], "lr"),
+            betas=tuple(as_number(beta, "betas") for beta in optimizer["betas"]),  # type: ignore[arg-type]
+            eps=as_number(optimizer["eps"], "eps"),
+            weight_decay=as_number(optimizer["weight_decay"], "weight_decay"),
         ),
         schedule=ScheduleConfig(kind="constant"),
     )
+
+
+def data_of(data: dict[str, Any], task: dict[str, Any], feature_dim: int) -> DataConfig:
+    """Returns the batches that the sections ``datarc`` and ``task`` describe.
+
+    ``max_timestep`` counts frames of the CSV's own labels; at 10 ms (libri-360) -320 keeps what is longer than 3.2 s.
+    """
+    sequence_length, limit = int(data["sequence_length"] or task.get("sequence_length") or 0), int(data["max_timestep"])
+    return DataConfig(
+        batch_s=None,
+        max_utterances=int(data["train_batch_size"]),
+        crop_s=sequence_length * (0.01 * feature_dim / 40) if sequence_length > 0 else None,
+        min_s=0.01 * -limit if limit < 0 else 0.0,
+        max_s=0.01 * limit if limit > 0 else None,
+    )
+
+
+def model_section(values: dict[str, Any]) -> str:
+    """Returns the name of a model file's section: ``melhubert``, or ``hubert`` before December 2022."""
+    return "hubert" if "hubert" in values and "melhubert" not in values else "melhubert"
 
 
 def read_melhubert_yaml(model_config: Path, runner_config: Path) -> tuple[PretrainRecipe, tuple[str, ...]]:
@@ -163,37 +205,37 @@ def read_melhubert_yaml(model_config: Path, runner_config: Path) -> tuple[Pretra
     Raises:
         ConfigError: Not YAML, a missing section, an unknown key, or a setting that the reference could never run.
     """
-    model_file, runner_file = _read(Path(model_config)), _read(Path(runner_config))
+    model_file, runner_file = read_yaml(Path(model_config)), read_yaml(Path(runner_config))
     for name in COMPRESSION_SECTIONS:
         if name in model_file or name in runner_file:
             raise ConfigError(f"section {name!r} belongs to compression, not to pre-training")
-    section = "melhubert" if "melhubert" in model_file else "hubert"
-    m = _section(model_file, section if section in model_file else "melhubert", MODEL_DEFAULTS, Path(model_config))
-    runner = _section(runner_file, "runner", RUNNER_DEFAULTS, Path(runner_config))
-    optimizer = _section(runner_file, "optimizer", OPTIMIZER_DEFAULTS, Path(runner_config))
-    data = _section(runner_file, "datarc", DATA_DEFAULTS, Path(runner_config))
-    model = _model(m, Path(model_config))
-    frame_s = 0.01 * model.projection.feature_dim / 40
-    task = model_file.get("task") or {}
-    sequence_length = int(data["sequence_length"] or task.get("sequence_length") or 0)
-    crop_s = sequence_length * frame_s if sequence_length > 0 else None
-    # max_timestep counts frames of the CSV's own labels; at 10 ms (libri-360) -320 keeps what is longer than 3.2 s.
-    limit = int(data["max_timestep"])
+    m = read_section(model_file, model_section(model_file), MODEL_DEFAULTS, Path(model_config))
+    runner = read_section(runner_file, "runner", RUNNER_DEFAULTS, Path(runner_config))
+    optimizer = read_section(runner_file, "optimizer", OPTIMIZER_DEFAULTS, Path(runner_config))
+    data = read_section(runner_file, "datarc", DATA_DEFAULTS, Path(runner_config))
+    model = model_of(m, Path(model_config))
     recipe = PretrainRecipe(
         name="melhubert-yaml",
         about=f"MelHuBERT as configured in {Path(model_config).name} and {Path(runner_config).name}",
         model=model,
-        objective=_objective(m),
-        training=_training(runner, optimizer, int(data["num_workers"])),
-        data=DataConfig(
-            batch_s=None,
-            max_utterances=int(data["train_batch_size"]),
-            crop_s=crop_s,
-            min_s=0.01 * -limit if limit < 0 else 0.0,
-            max_s=0.01 * limit if limit > 0 else None,
-        ),
+        objective=objective_of(m),
+        training=training_of(runner, optimizer, int(data["num_workers"])),
+        data=data_of(data, model_file.get("task") or {}, model.projection.feature_dim),
     )
     return recipe, tuple(str(path) for path in data["sets"])
+
+
+def corpus_of_sets(sets: Sequence[str], output: Path, say: Callable[[str], None]) -> Path:
+    """Prepares the CSV files that a runner names as a corpus beside a run's folder, unless that is done; returns its folder.
+
+    Raises:
+        ValueError: There are none, or they cannot be prepared.
+    """
+    if not sets:
+        raise ValueError("no corpus given: name a folder made by `sslim prepare`")
+    folder = output.with_name(f"{output.name}-corpus")
+    say(f"preparing {', '.join(sets)} as {folder}")
+    return prepare_sets([Path(path) for path in sets], folder)
 
 
 def prepare_sets(sets: list[Path], folder: Path) -> Path:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sslim import __version__
 from sslim.checkpoints import load_model, save_model
 from sslim.config import from_plain, nearest, read_json, to_plain
+from sslim.data.batching import CorpusBatches
 from sslim.data.corpus import Corpus
 from sslim.data.doctor import examine
 from sslim.data.labels import LabelStore
@@ -65,8 +67,8 @@ class PretrainRecipe:
     targets: tuple[TargetsConfig, ...] = ()
 
 
-def _check_labels(corpus: Corpus, labels: LabelStore, model: SpeechModel) -> list[str]:
-    """Looks at a sample for half a second; returns notes, raises on what would waste the run."""
+def check_labels(corpus: Corpus, labels: LabelStore, model: SpeechModel) -> list[str]:
+    """Looks at a sample for half a second; returns notes, raises ValueError on what would waste the run."""
     assert model.frontend is not None
     facts = frame_facts(corpus, model)
     problems = examine(
@@ -95,9 +97,15 @@ def without_statistics(config: ModelConfig) -> ModelConfig:
 
 
 def initial_model(
-    recipe: PretrainRecipe, corpus: Corpus, labels: LabelStore, *, init_from: Path | None, keep_head: bool
+    recipe: PretrainRecipe,
+    corpus: Corpus,
+    labels: LabelStore,
+    *,
+    init_from: Path | None,
+    start: SpeechModel | None = None,
+    keep_head: bool,
 ) -> SpeechModel:
-    """Builds the recipe's model, or loads one to go on from.
+    """Builds the recipe's model, or loads one to go on from, unless one is given to start with.
 
     A loaded model's head is drawn anew, as large as the new labels need, unless ``keep_head``: cluster ids of
     another codebook mean nothing to the old one. Statistics come from the loaded model, else from the corpus.
@@ -107,15 +115,18 @@ def initial_model(
     """
     generator = torch.Generator().manual_seed(recipe.training.seed)
     head = replace(_prediction_head(recipe.model, f"recipe {recipe.name}"), num_clusters=labels.num_clusters)
-    if init_from is None:
+    if init_from is None and start is None:
         model = build_model(without_statistics(replace(recipe.model, heads={**recipe.model.heads, HEAD: head})), generator)
     else:
-        model = load_model(init_from)
+        loaded = start if init_from is None else load_model(init_from)
+        assert loaded is not None
+        model = loaded
         old = model.config.heads.get(HEAD)
         if keep_head:
             found = "no head" if old is None else f"a head for {getattr(old, 'num_clusters', 'no')} clusters"
             if getattr(old, "num_clusters", None) != labels.num_clusters:
-                raise ValueError(f"{init_from} has {found}, the labels have {labels.num_clusters}: leave out --keep-head")
+                owner = init_from or "the model"
+                raise ValueError(f"{owner} has {found}, the labels have {labels.num_clusters}: leave out --keep-head")
         else:
             model = with_head(model, HEAD, head, generator, replace_existing=True)
         if MASK in recipe.model.heads and MASK not in model.config.heads:
@@ -187,6 +198,9 @@ def pretrain(
     init_from: Path | None = None,
     init_optimizer: bool = False,
     keep_head: bool = False,
+    start: SpeechModel | None = None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda objective: objective,
+    write: Callable[[SpeechModel, Path], None] = save_model,
     say: Callable[[str], None] = print,
 ) -> TrainingResult:
     """Trains, or goes on with what ``output`` holds; the trained model is then in ``output/model``.
@@ -200,6 +214,9 @@ def pretrain(
         init_optimizer: Take over the optimiser state too (``init_from`` must then be a run folder of sslim); its learning
             rate and betas stay those of the recipe.
         keep_head: Keep the head of ``init_from``.
+        start: Model to start from in place of ``init_from``; it is trained in place.
+        wrap: Makes another objective of masked prediction, for example one that keeps pruned weights at zero.
+        write: Writes the model to the folder ``model`` of every checkpoint, and at the end of the run.
         say: Where notes for the user go.
 
     Raises:
@@ -209,27 +226,18 @@ def pretrain(
         say = say if processes.is_main else (lambda _: None)
         corpus = Corpus.open(corpus_folder)
         labels = corpus.labels(label_set(corpus, labels_name))
-        model = initial_model(recipe, corpus, labels, init_from=model_folder(init_from), keep_head=keep_head)
-        for note in _check_labels(corpus, labels, model):
+        model = initial_model(recipe, corpus, labels, init_from=model_folder(init_from), start=start, keep_head=keep_head)
+        for note in check_labels(corpus, labels, model):
             say(f"note: {note}")
-        seed = recipe.training.seed
-        train, valid = split_utterances(corpus, recipe.data, seed)
-        batches = make_batches(corpus, labels, train, model, recipe.data, seed, shuffle=True)
-        validation = make_batches(corpus, labels, valid, model, recipe.data, seed, shuffle=False) if len(valid) else None
-        say(
-            f"{recipe.name}: {model.num_parameters():,} parameters, {len(train):,} utterances to train on, {len(valid):,} to "
-            f"validate on, {corpus.num_quarantined} quarantined"
-        )
+        batches, validation = _plan(recipe, corpus, labels, model, say)
         description = _resolved(recipe, corpus, labels, model, init_from)
-        model.provenance.append(
-            {"step": "pretrain", "recipe": recipe.name, "corpus": corpus.name, "labels": labels.origin, "seed": seed}
-        )
-        result = Trainer(
-            MaskedPrediction(model.train(), recipe.objective),
+        model.provenance.append(_origin(recipe, corpus, labels))
+        return Trainer(
+            wrap(MaskedPrediction(model.train(), recipe.objective)),
             batches,
             recipe.training,
             output,
-            save_model=lambda folder: save_model(model, folder),
+            save_model=lambda folder: write(model, folder),
             validation=validation,
             description=description,
             may_change=MAY_CHANGE,
@@ -237,7 +245,27 @@ def pretrain(
             init_optimizer_from=init_from if init_optimizer else None,
             processes=processes,
         ).run()
-    return result
+
+
+def _origin(recipe: PretrainRecipe, corpus: Corpus, labels: LabelStore) -> dict[str, Any]:
+    """What the model's provenance tells of this run."""
+    seed = recipe.training.seed
+    return {"step": "pretrain", "recipe": recipe.name, "corpus": corpus.name, "labels": labels.origin, "seed": seed}
+
+
+def _plan(
+    recipe: PretrainRecipe, corpus: Corpus, labels: LabelStore, model: SpeechModel, say: Callable[[str], None]
+) -> tuple[CorpusBatches, CorpusBatches | None]:
+    """Micro-batches to train on, and to validate on where there are utterances for that; says how many for which model."""
+    seed = recipe.training.seed
+    train, valid = split_utterances(corpus, recipe.data, seed)
+    batches = make_batches(corpus, labels, train, model, recipe.data, seed, shuffle=True)
+    validation = make_batches(corpus, labels, valid, model, recipe.data, seed, shuffle=False) if len(valid) else None
+    say(
+        f"{recipe.name}: {model.num_parameters():,} parameters, {len(train):,} utterances to train on, {len(valid):,} to "
+        f"validate on, {corpus.num_quarantined} quarantined"
+    )
+    return batches, validation
 
 
 def label_set(corpus: Corpus, name: str | None) -> str:

@@ -7,6 +7,9 @@ A search's folder holds ``journal.jsonl`` (every evaluation), ``latency.json`` (
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,6 +22,7 @@ from rich.table import Table
 
 from sslim import __version__
 from sslim.checkpoints import load_model, save_model
+from sslim.checkpoints.native import DESCRIPTION
 from sslim.compress.budgets import Budget, Costs, check_feasible
 from sslim.compress.pareto import spread
 from sslim.compress.search import Candidate, SearchConfig, SearchResult, search
@@ -26,12 +30,13 @@ from sslim.compress.search_journal import SearchJournal
 from sslim.config import read_json, to_plain
 from sslim.data.corpus import Corpus
 from sslim.models import ModelConfig, SpeechModel
-from sslim.models.elastic import count_parameters, extract_model, subnet_config
+from sslim.models.elastic import check_supernet, count_parameters, extract_model, subnet_config
 from sslim.models.search_space import SearchSpace, Subnet
 from sslim.profiling import Conditions, LatencyTable, count_macs, measure_latency
-from sslim.profiling.latency import measure_whole
-from sslim.recipes.subnet_fitness import FitnessConfig, build_fitness
-from sslim.recipes.supernet import read_recipe
+from sslim.profiling.latency import check_device, measure_whole
+from sslim.recipes.pretrain import label_set
+from sslim.recipes.subnet_fitness import FitnessConfig, build_fitness, halves_of, held_out
+from sslim.recipes.supernet import load_whole, read_recipe
 from sslim.report.pareto import SEARCH, draw_front, read_points
 from sslim.storage import file_digest, write_json, write_text_atomically
 from sslim.targets.journal import only_one
@@ -52,7 +57,8 @@ class SearchRecipe:
         fitness: What a loss is measured on.
         conditions: Length of audio for MACs and latency; batch, threads and device for latency.
         latency: Whether latency is measured although no budget or objective asks for it.
-        latency_repeats: Rounds of every measurement.
+        latency_repeats: Rounds of every measurement at least.
+        latency_least_s: Seconds that every measurement takes at least.
         latency_nets: Whole nets that check the sums of parts.
     """
 
@@ -62,7 +68,12 @@ class SearchRecipe:
     conditions: Conditions = Conditions()
     latency: bool = False
     latency_repeats: int = 10
+    latency_least_s: float = 15.0
     latency_nets: int = 12
+
+    def __post_init__(self) -> None:
+        if self.latency_repeats < 1:
+            raise ValueError(f"latency is to be measured in {self.latency_repeats} rounds; expected 1 or more")
 
     @property
     def needs_latency(self) -> bool:
@@ -77,6 +88,9 @@ class _Outcome:
     result: SearchResult
     names: dict[Subnet, str] = field(default_factory=dict)
     measured_ms: dict[Subnet, float] = field(default_factory=dict)
+    slowness: tuple[float, float] | None = (
+        None  # measured over predicted: the median, and the largest distance from it as a share
+    )
 
 
 def run_search(
@@ -107,15 +121,19 @@ def run_search(
     Raises:
         ValueError: Anything about models, data, budgets or settings that cannot work; another search in the folder.
     """
-    recipe = _with_trained_loss(recipe, supernet_path)
+    _check_request(output, extract, device)
+    supernet, space = _load_supernet(supernet_path)
+    analytic = [budget for budget in recipe.budgets if budget.name != "latency_ms"]
+    check_feasible(space, subnet_costs(supernet.config, recipe.conditions, None), analytic)  # before anything is measured
+    corpus = Corpus.open(corpus_path)
+    recipe = _as_trained(recipe, supernet_path, corpus, say)
+    halves_of(corpus, recipe.fitness)  # refuses what is too little before anything is measured
     supernet_path, teacher_path = _model_of(supernet_path), None if teacher_path is None else _model_of(teacher_path)
+    labels = None if labels_name is None else corpus.labels(label_set(corpus, labels_name))
+    if labels is None and teacher_path is None:
+        raise ValueError("a search needs a teacher, or labels for masked prediction")
+    teacher = None if labels is not None or teacher_path is None else load_model(teacher_path)
     with only_one(output):
-        supernet, space = _load_supernet(supernet_path)
-        corpus = Corpus.open(corpus_path)
-        labels = None if labels_name is None else corpus.labels(labels_name)
-        if labels is None and teacher_path is None:
-            raise ValueError("a search needs a teacher, or labels for masked prediction")
-        teacher = None if labels is not None or teacher_path is None else load_model(teacher_path)
         table = _latency(recipe, supernet.config, output, say)
         settings = {
             "kind": "search",
@@ -129,22 +147,27 @@ def run_search(
         }
         costs = subnet_costs(supernet.config, recipe.conditions, table)
         check_feasible(space, costs, recipe.budgets)  # before anything is written or run
-        journal = SearchJournal(output, settings, MAY_GROW)
-        if journal.num_read:
+        if (journal := SearchJournal(output, settings, MAY_GROW)).num_read:
             say(f"going on: {journal.num_read} subnets were evaluated before")
-        fitness = build_fitness(supernet, teacher, corpus, labels, recipe.fitness, device)
+        fitness = build_fitness(supernet, teacher, corpus, labels, recipe.fitness, device, say)
         result = search(space, fitness, costs, recipe.budgets, recipe.search, journal=journal, say=say)
         _finish(_Outcome(result=result), recipe, supernet.to("cpu"), settings, table, output, extract, say)
         return result
 
 
+def _check_request(output: Path, extract: int, device: str) -> None:
+    if extract < 0:
+        raise ValueError(f"{extract} models are to be extracted; expected 0 or more")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; name a folder for the search")
+    check_device(device)
+
+
 def _load_supernet(path: Path) -> tuple[SpeechModel, SearchSpace]:
-    supernet = load_model(path, subnet="whole")
-    space = supernet.config.search_space
-    if space is None:
+    supernet = load_whole(path)
+    if supernet.config.search_space is None:
         raise ValueError(f"{path} is no supernet: it has no search space")
-    space.check(supernet.config.encoder)
-    return supernet, space
+    return supernet, check_supernet(supernet.config)
 
 
 def _model_of(path: Path) -> Path:
@@ -156,14 +179,31 @@ def _model_of(path: Path) -> Path:
     return path / "model"
 
 
-def _with_trained_loss(recipe: SearchRecipe, supernet_path: Path) -> SearchRecipe:
-    """Takes the loss from the run that made the supernet, where there is one and the recipe names none."""
+def _as_trained(recipe: SearchRecipe, supernet_path: Path, corpus: Corpus, say: Callable[[str], None]) -> SearchRecipe:
+    """Takes loss and held-out utterances from the run that made the supernet, where there is one and the recipe names none."""
     run = next(
         (folder / "run.json" for folder in (supernet_path, supernet_path.parent) if (folder / "run.json").is_file()), None
     )
-    if recipe.fitness.objective is not None or run is None or read_json(run).get("kind") != "supernet":
+    described = {} if run is None else read_json(run)
+    if run is None or described.get("kind") != "supernet":
         return recipe
-    return replace(recipe, fitness=replace(recipe.fitness, objective=read_recipe(str(run)).objective))
+    trained, fitness = read_recipe(str(run)), recipe.fitness
+    fitness = replace(
+        fitness, objective=fitness.objective or trained.objective, prediction=fitness.prediction or trained.prediction
+    )
+    if described["corpus"]["digest"] != corpus.digest:
+        return replace(recipe, fitness=fitness)
+    unseen = replace(
+        fitness,
+        valid_split=fitness.valid_split or trained.data.valid_split,
+        train_splits=trained.data.train_splits,
+        valid_share=trained.data.valid_share,
+        split_seed=trained.training.seed,
+    )
+    if (count := len(held_out(corpus, unseen))) < 2:
+        say(f"the supernet's training held out {count} utterances, which is too few: others, which it learnt from, join them")
+        return replace(recipe, fitness=fitness)
+    return replace(recipe, fitness=unseen)
 
 
 def subnet_costs(config: ModelConfig, conditions: Conditions, table: LatencyTable | None) -> Costs:
@@ -188,22 +228,28 @@ def subnet_costs(config: ModelConfig, conditions: Conditions, table: LatencyTabl
 
 
 def _latency(recipe: SearchRecipe, config: ModelConfig, output: Path, say: Callable[[str], None]) -> LatencyTable | None:
-    """The folder's table, measured first where there is none."""
+    """The folder's table, measured first where there is none; how well its sums agree with whole nets is told."""
     if not recipe.needs_latency:
         return None
     path = output / LATENCY
     if path.is_file():
         table = LatencyTable.load(path)
         table.require(recipe.conditions)
-        return table
-    assert config.search_space is not None
-    nets = min(recipe.latency_nets, config.search_space.num_subnets())
-    table = measure_latency(
-        config, recipe.conditions, repeats=recipe.latency_repeats, whole_nets=nets if nets >= 3 else 0, say=say
-    )
-    table.save(path)
+        say(f"latency as measured before: {path}")
+    else:
+        assert config.search_space is not None
+        nets = min(recipe.latency_nets, config.search_space.num_subnets())
+        table = measure_latency(
+            config,
+            recipe.conditions,
+            repeats=recipe.latency_repeats,
+            least_s=recipe.latency_least_s,
+            whole_nets=nets if nets >= 3 else 0,
+            say=say,
+        )
+        table.save(path)
     if (line := table.additivity) is not None:
-        say(f"sums of parts against {nets} whole nets: {_errors(line.median_error, line.max_error)}")
+        say(f"sums of parts against {len(line.measured_ms)} whole nets: {_errors(line.median_error, line.max_error)}")
         if line.corrected_median_error is not None and line.corrected_max_error is not None:
             say(f"corrected by a line: {_errors(line.corrected_median_error, line.corrected_max_error)}")
     return table
@@ -234,13 +280,14 @@ def _finish(
     """Names, measures, extracts and writes."""
     by_cost = sorted(outcome.result.front, key=lambda candidate: candidate.costs[recipe.search.objectives[0]])
     prices = [candidate.costs[recipe.search.objectives[0]] for candidate in by_cost]
-    chosen = [by_cost[i] for i in spread(prices, extract)] if extract else []
+    chosen = [by_cost[i] for i in _with_best(spread(prices, extract), by_cost)] if extract else []
     outcome.names = {candidate.subnet: f"front-{number}" for number, candidate in enumerate(chosen, 1)}
+    if len(chosen) < extract:
+        say(f"the front has {len(by_cost)} subnets: that many models are written, not {extract}")
     if table is not None:
-        nets = chosen or [by_cost[i] for i in spread(prices, MAX_MEASURED)]
-        configs = {str(i): subnet_config(supernet.config, candidate.subnet) for i, candidate in enumerate(nets)}
-        times = measure_whole(configs, recipe.conditions, repeats=recipe.latency_repeats)
-        outcome.measured_ms = {candidate.subnet: times[str(i)] for i, candidate in enumerate(nets)}
+        _measure(outcome, chosen or [by_cost[i] for i in spread(prices, MAX_MEASURED)], recipe, supernet.config)
+    if chosen:
+        _remove_others(output, set(outcome.names.values()))
     for candidate in chosen:
         name = outcome.names[candidate.subnet]
         save_model(extract_model(supernet, candidate.subnet), output / name)
@@ -257,13 +304,39 @@ def _finish(
         "candidates": rows,
     }
     write_json(output / SEARCH, values)
-    _write_table(outcome, output / TABLE)
+    _write_table(outcome, output / TABLE, by_cost)
     if importlib.util.find_spec("matplotlib") is None:
         say('no picture: pip install "sslim[report]" brings matplotlib')
     else:
         draw_front(read_points(output), output / PICTURE, x=recipe.search.objectives[0])
     if trust is not None:
         say(f"Kendall's tau between the losses on two halves of the validation data: {trust:.2f}")
+
+
+def _with_best(places: list[int], front: Sequence[Candidate]) -> list[int]:
+    """Puts the subnet of least loss among those chosen, for the nearest of them: who extracts one model wants the best."""
+    best = min(range(len(front)), key=lambda place: front[place].loss)
+    if best in places:
+        return places
+    nearest = min(places, key=lambda place: abs(place - best))
+    return sorted({*places, best} - {nearest})
+
+
+def _remove_others(output: Path, names: set[str]) -> None:
+    """Removes models that an earlier, shorter search of this folder wrote under names that the front no longer has."""
+    for folder in output.glob("front-*"):
+        if folder.name not in names and re.fullmatch(r"front-\d+", folder.name) and (folder / DESCRIPTION).is_file():
+            shutil.rmtree(folder)
+
+
+def _measure(outcome: _Outcome, nets: Sequence[Candidate], recipe: SearchRecipe, config: ModelConfig) -> None:
+    """Times whole nets of the front, and judges their predictions: a factor common to all is the machine's load by now."""
+    configs = {str(i): subnet_config(config, candidate.subnet) for i, candidate in enumerate(nets)}
+    times = measure_whole(configs, recipe.conditions, repeats=recipe.latency_repeats, least_s=recipe.latency_least_s)
+    outcome.measured_ms = {candidate.subnet: times[str(i)] for i, candidate in enumerate(nets)}
+    ratios = [outcome.measured_ms[net.subnet] / net.costs["latency_ms"] for net in nets]
+    middle = statistics.median(ratios)
+    outcome.slowness = (middle, max(abs(ratio / middle - 1.0) for ratio in ratios))
 
 
 def _row(candidate: Candidate, outcome: _Outcome) -> dict[str, Any]:
@@ -281,7 +354,7 @@ def _row(candidate: Candidate, outcome: _Outcome) -> dict[str, Any]:
 def result_table(rows: Sequence[Candidate], outcome: _Outcome) -> Table:
     """Returns subnets as a table to print."""
     latency = "latency_ms" in rows[0].costs
-    table = Table(title="Pareto front and the subnet of least loss", caption=_caption(outcome.result))
+    table = Table(title="Pareto front and the subnet of least loss", caption=_caption(outcome))
     names = ["", "width", "layers", "heads", "units", "parameters", "GMAC / s", *(["ms", "measured ms"] * latency), "loss"]
     for name in names:
         table.add_column(name, justify="right" if name else "left")
@@ -297,9 +370,14 @@ def result_table(rows: Sequence[Candidate], outcome: _Outcome) -> Table:
     return table
 
 
-def _caption(result: SearchResult) -> str:
+def _caption(outcome: _Outcome) -> str:
+    result = outcome.result
     trust = "" if result.trust is None else f"; Kendall's tau between two halves of the validation data {result.trust:.2f}"
-    measured = "; ms: predicted from parts, measured ms: whole nets, later" if "latency_ms" in result.best.costs else ""
+    measured = ""
+    if outcome.slowness is not None:
+        factor, spread_share = outcome.slowness
+        measured = "; ms: predicted from parts, measured ms: whole nets at the end, "
+        measured += f"{factor:.2f} times the prediction give or take {100 * spread_share:.0f} %"
     return f"{len(result.candidates)} subnets evaluated{trust}{measured}"
 
 
@@ -308,10 +386,9 @@ def _some(values: Sequence[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
 
 
-def _write_table(outcome: _Outcome, path: Path) -> None:
-    rows = list(outcome.result.front)
-    rows += [] if outcome.result.best in rows else [outcome.result.best]
-    rows.sort(key=lambda candidate: candidate.costs["params"])
+def _write_table(outcome: _Outcome, path: Path, front: Sequence[Candidate]) -> None:
+    """Writes the front as it comes, by rising cost; the best subnet is on it but where losses are equal."""
+    rows = [*front, *([] if outcome.result.best in front else [outcome.result.best])]
     text = StringIO()
     Console(width=160, file=text, highlight=False).print(result_table(rows, outcome))
     write_text_atomically(path, text.getvalue())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from sslim.compress.search_journal import Fitness
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
-from sslim.frontends import ConvFrontend
 from sslim.models import SpeechModel
 from sslim.models.elastic import model_units, model_view
 from sslim.models.search_space import Subnet
-from sslim.nn.heads import MaskEmbeddingConfig
 from sslim.objectives import (
     Distillation,
     DistillationConfig,
@@ -33,9 +31,8 @@ from sslim.objectives import (
     MaskingConfig,
     TargetConfig,
 )
+from sslim.objectives.model_inputs import mask_place
 from sslim.recipes.corpus_batches import DataConfig, make_batches, split_utterances
-
-MASK = "mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +44,42 @@ class FitnessConfig:
         crop_s: Longer utterances are cut to this.
         batch_s: Seconds of audio in a batch.
         valid_split: Split to validate on; None is dev or valid(ation), else a held-out share of the rest.
+        train_splits: Splits that are held out from; None is all but dev, test and validation.
+        valid_share: That share, where no split is for validation. A search holds out what its supernet's training held out.
+        split_seed: Decides the utterances held out.
         objective: The distillation loss; None is the mean L1 distance from the mean of the teacher's last ``target_layers``
             layers. A search takes the loss that its supernet was trained with.
+        prediction: The loss where labels are predicted; None hides frames as :class:`MaskingConfig` does, and only these count.
+            A search takes that of its supernet's training here too.
         masking: Hidden frames, in place of the objective's; the loss then covers these only.
         target_layers: The teacher's last so many layers as targets, in place of the objective's.
-        mask_at: Where masked prediction hides frames: ``features`` or ``projection``; None where the mask embedding fits, or as
-            HuBERT (convolutional front-end: after the projection) and MelHuBERT (features) do.
-        seed: Decides utterances, crops and masks.
+        mask_at: Where masked prediction hides frames: ``features`` or ``projection``; None as ``prediction`` says, else where
+            the mask embedding fits, or as HuBERT (convolutional front-end: after the projection) and MelHuBERT (features) do.
+        seed: Decides which of the validation utterances count, crops and masks.
     """
 
     num_utterances: int = 200
     crop_s: float = 10.0
-    batch_s: float = 60.0
+    batch_s: float = 30.0
     valid_split: str | None = None
+    train_splits: tuple[str, ...] | None = None
+    valid_share: float = 0.1
+    split_seed: int = 0
     objective: DistillationConfig | None = None
+    prediction: MaskedPredictionConfig | None = None
     masking: MaskingConfig | None = None
     target_layers: int | None = None
     mask_at: Literal["features", "projection"] | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_utterances < 2:
+            raise ValueError(f"{self.num_utterances} utterances to validate on are too few; a search needs 2 or more")
+        for name in ("crop_s", "batch_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}; expected seconds above 0")
+        if self.masking is not None and self.masking.probability == 0:
+            raise ValueError("mask probability 0 hides no frame, so nothing would be compared; expected more, up to 1")
 
 
 class SubnetFitness:
@@ -103,16 +118,24 @@ def _totals(half: Sequence[Any]) -> dict[str, Tensor]:
     return {name: torch.stack([prepared.weights[name] for prepared in half]).sum() for name in half[0].weights}
 
 
+def held_out(corpus: Corpus, config: FitnessConfig) -> np.ndarray:
+    """Returns the utterances to validate on, corpus indices."""
+    data = DataConfig(valid_split=config.valid_split, train_splits=config.train_splits, valid_share=config.valid_share)
+    return split_utterances(corpus, data, config.split_seed)[1]
+
+
 def halves_of(corpus: Corpus, config: FitnessConfig) -> list[np.ndarray]:
     """Returns two disjoint halves of the validation utterances, corpus indices.
 
     Raises:
         ValueError: Fewer than two utterances to validate on.
     """
-    data = DataConfig(valid_split=config.valid_split, valid_share=0.1)
-    _, valid = split_utterances(corpus, data, config.seed)
+    valid = held_out(corpus, config)
     if len(valid) < 2:
-        raise ValueError(f"corpus {corpus.name} has {len(valid)} utterances to validate on; a search needs 2 or more")
+        raise ValueError(
+            f"corpus {corpus.name} has {len(valid)} utterances to validate on, and a search needs 2 or more: "
+            "name another split to validate on, or search with another corpus"
+        )
     drawn = np.random.default_rng([config.seed, 2]).permutation(valid)[: config.num_utterances]
     return [np.sort(drawn[::2]), np.sort(drawn[1::2])]
 
@@ -136,6 +159,15 @@ def distillation_of(teacher: SpeechModel, config: FitnessConfig) -> Distillation
     return objective
 
 
+def prediction_of(supernet: SpeechModel, config: FitnessConfig) -> MaskedPredictionConfig:
+    """Returns the loss that subnets are compared by where labels are predicted; the same front-end for all costs nothing."""
+    prediction = config.prediction or MaskedPredictionConfig(mask_at=mask_place(supernet.config))
+    prediction = replace(prediction, mask_at=config.mask_at or prediction.mask_at, feature_penalty=0.0)
+    if config.masking is not None:
+        prediction = replace(prediction, masking=config.masking, unmasked_weight=0.0)
+    return prediction
+
+
 def build_fitness(
     supernet: SpeechModel,
     teacher: SpeechModel | None,
@@ -143,6 +175,7 @@ def build_fitness(
     labels: LabelStore | None,
     config: FitnessConfig,
     device: str = "cpu",
+    say: Callable[[str], None] = lambda _: None,
 ) -> SubnetFitness:
     """Prepares everything that is the same for all subnets.
 
@@ -153,23 +186,23 @@ def build_fitness(
         labels: Targets of masked prediction; None with a teacher.
         config: Crops, masks, targets.
         device: Where models run.
+        say: Told how many utterances count.
 
     Raises:
         ValueError: A head is missing, frames do not fit, or there is nothing to validate on.
     """
     supernet = supernet.to(device).eval()
     if labels is not None:
-        mask_at = config.mask_at or _mask_place(supernet)
-        masked = MaskedPredictionConfig(masking=config.masking or MaskingConfig(), mask_at=mask_at)
-        objective: nn.Module = MaskedPrediction(supernet, masked)
+        objective: nn.Module = MaskedPrediction(supernet, prediction_of(supernet, config))
     else:
         assert teacher is not None
         objective = Distillation(supernet, teacher.to(device), distillation_of(teacher, config))
     if hasattr(objective, "trains_frontend"):  # no subnet cuts the front-end: its output is computed once, in prepare
         objective.trains_frontend = False  # type: ignore[assignment]
     data = DataConfig(batch_s=config.batch_s, crop_s=config.crop_s)
-    halves = []
-    for number, utterances in enumerate(halves_of(corpus, config)):
+    chosen, halves = halves_of(corpus, config), []
+    say(f"subnets are compared on {sum(map(len, chosen))} utterances")
+    for number, utterances in enumerate(chosen):
         batches = make_batches(corpus, labels, utterances, supernet, data, config.seed, shuffle=False)
         _check_inputs(corpus, supernet, teacher, batches.facts.is_waveform)
         prepared = []
@@ -179,13 +212,6 @@ def build_fitness(
                 prepared.append(objective.prepare(batches[0, index].to(device), generator))  # type: ignore[operator]
         halves.append(prepared)
     return SubnetFitness(objective, supernet, halves)
-
-
-def _mask_place(model: SpeechModel) -> Literal["features", "projection"]:
-    head, widths = model.config.heads.get(MASK), (model.config.projection.feature_dim, model.config.encoder.dim)
-    if isinstance(head, MaskEmbeddingConfig) and widths[0] != widths[1]:
-        return "projection" if head.dim == widths[1] else "features"
-    return "projection" if isinstance(model.frontend, ConvFrontend) else "features"
 
 
 def _check_inputs(corpus: Corpus, supernet: SpeechModel, teacher: SpeechModel | None, is_waveform: bool) -> None:

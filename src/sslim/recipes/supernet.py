@@ -21,7 +21,7 @@ from sslim.config import from_plain, nearest, override, read_json, to_plain
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
 from sslim.models import ModelConfig, SpeechModel, build_model, with_head
-from sslim.models.elastic import subnet_parameters
+from sslim.models.elastic import check_supernet, subnet_parameters
 from sslim.models.lighthubert import lighthubert
 from sslim.models.search_space import LIGHTHUBERT_BASE, LIGHTHUBERT_SMALL, SPACES, SearchSpace
 from sslim.models.speech import restore_statistics
@@ -105,11 +105,11 @@ def initial_supernet(
     else:
         model, origin = build_model(replace(wanted, heads={}), generator), "random"
     model = _with_these_heads(model, heads, generator)
+    model.config = replace(model.config, search_space=recipe.space)
     try:
-        recipe.space.check(model.config.encoder)
+        check_supernet(model.config)
     except ValueError as error:
         raise ValueError(f"this {model.config.family} model cannot be a supernet of that space: {error}") from error
-    model.config = replace(model.config, search_space=recipe.space)
     return model.train(), origin
 
 

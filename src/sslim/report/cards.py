@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ class Row:
         sd: Their standard deviation; None for a single score.
         dev: Mean score on dev; None when the card has none.
         num_parameters: Of the model; None when the card does not say.
+        path: Where the model was read; empty for baselines.
+        digest: SHA-256 of its tensors' file; empty when the card does not say.
+        macs_per_second: MACs for each second of speech; None when the card does not say.
+        macs_seconds: Length of the utterances that this holds for.
     """
 
     name: str
@@ -38,6 +42,10 @@ class Row:
     sd: float | None
     dev: float | None
     num_parameters: int | None
+    path: str = ""
+    digest: str = ""
+    macs_per_second: float | None = None
+    macs_seconds: float | None = None
 
     @property
     def is_mix(self) -> bool:
@@ -74,7 +82,7 @@ def read_card(path: Path) -> tuple[dict[str, Any], list[Row]]:
 def _row(row: Mapping[str, Any]) -> Row:
     scores = tuple(map(float, row["scores"]))
     dev = tuple(map(float, row.get("dev_scores", ())))
-    parameters = row.get("num_parameters")
+    parameters, macs, seconds = (row.get(key) for key in ("num_parameters", "macs_per_second", "macs_seconds"))
     return Row(
         name=str(row.get("name") or row["model"]),
         kind=str(row.get("kind", MODEL)),
@@ -84,6 +92,10 @@ def _row(row: Mapping[str, Any]) -> Row:
         sd=float(row["sd"]) if len(scores) > 1 else None,
         dev=sum(dev) / len(dev) if dev else None,
         num_parameters=None if parameters is None else int(parameters),
+        path=str(row.get("model") or ""),
+        digest=str(row.get("model_digest") or ""),
+        macs_per_second=None if macs is None or seconds is None else float(macs),
+        macs_seconds=None if macs is None or seconds is None else float(seconds),
     )
 
 
@@ -103,19 +115,25 @@ def card_section(path: Path, *, name: str) -> Markup:
         parts.append(element("p", "; ".join(said) + ".", class_="muted"))
     if not rows:
         return join([*parts, element("p", "The card has no rows.", class_="muted")])
-    metric, factor, places = str(card.get("metric", "score")), 1.0, 3
-    if metric == "accuracy" and all(abs(score) <= 1 for row in rows for score in row.scores):
-        metric, factor, places = "accuracy in %", 100.0, 1
+    metric, factor, places = scale_of(card, rows)
     caption = f"Test {metric}; whiskers are one standard deviation over {_counts(rows)}. Baselines are pale."
     if isinstance(card.get("chance"), int | float):
         caption += f" The most frequent class alone gives {figures.score(factor * card['chance'], None, places)}."
-    picture = figures.bars([_bar(row, factor) for row in _best_of_each(rows)], unit=metric, places=places, name=name)
+    picture = figures.bars([_bar(row, factor) for row in best_of_each(rows)], unit=metric, places=places, name=name)
     parts.append(_figure(picture, caption))
     if layered := _layers(rows, factor):
         picture = figures.curves(layered, title=f"{metric} by layer", x_label="layer", name=f"{name}-layers")
         whose = f" All layers are of {layered[0].name}." if len(layered) == 1 else ""
         parts.append(_figure(picture, f"Layer 0 is what enters the first block.{whose}"))
     return join([*parts, _table(rows, metric, factor, places), details("About this card", _about(card, path))])
+
+
+def scale_of(card: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, float, int]:
+    """Returns how scores are shown: the metric's name, what to multiply by, decimal places."""
+    metric = str(card.get("metric", "score"))
+    if metric == "accuracy" and all(abs(score) <= 1 for row in rows for score in row.scores):
+        return "accuracy in %", 100.0, 1
+    return metric, 1.0, 3
 
 
 def _bar(row: Row, factor: float) -> figures.Bar:
@@ -132,13 +150,13 @@ def _counts(rows: list[Row]) -> str:
     return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
 
-def _best_of_each(rows: list[Row]) -> list[Row]:
-    """The learned mix of each model where there is one, else its best layer on dev; for bars, which must stay few."""
-    chosen: dict[str, Row] = {}
+def best_of_each(rows: Sequence[Row]) -> list[Row]:
+    """Returns the learned mix of each model where there is one, else its best layer on dev: one row for each."""
+    chosen: dict[tuple[str, str], Row] = {}
     for row in rows:
-        known = chosen.get(row.name)
+        known = chosen.get((row.name, row.path))
         if known is None or (row.is_mix, row.dev or 0.0) > (known.is_mix, known.dev or 0.0):
-            chosen[row.name] = row
+            chosen[row.name, row.path] = row
     return list(chosen.values())
 
 

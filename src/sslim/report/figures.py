@@ -119,7 +119,7 @@ def curves(
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-    with _drawing(4.9, 2.75) as figure:
+    with drawing(4.9, 2.75) as figure:
         axes = figure.subplots()
         colours = dict(zip(dict.fromkeys(line.name for line in lines), SERIES, strict=False))
         for line in lines:
@@ -127,7 +127,7 @@ def curves(
             style: dict[str, Any] = {"linestyle": "--" if line.dashed else "-", "markersize": 3.5}
             style["marker"] = "o" if line.markers else ""
             if len(x) and line.name in colours:
-                axes.plot(x, y, color=colours[line.name], label=_plain(line.name), **style)
+                axes.plot(x, y, color=colours[line.name], label=plain_text(line.name), **style)
         if scale == "zero":
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if min((min(line.y) for line in lines), default=0.0) < 0 else 0.0)
         elif scale == "log" and all(v > 0 for line in lines for v in line.y):
@@ -136,13 +136,13 @@ def curves(
                 formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5), numticks=20))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
-        axes.set_title(_plain(title))
-        axes.set_xlabel(_plain(x_label))
+        axes.set_title(plain_text(title))
+        axes.set_xlabel(plain_text(x_label))
         axes.margins(x=0.02)
         if len(colours) > 1:
             handles, names = axes.get_legend_handles_labels()
             first = {name: handle for handle, name in reversed(list(zip(handles, names, strict=True)))}
-            shown = [_plain(name) for name in colours if _plain(name) in first]
+            shown = [plain_text(name) for name in colours if plain_text(name) in first]
             axes.legend(
                 [first[name] for name in shown],
                 shown,
@@ -152,7 +152,7 @@ def curves(
                 handlelength=1.2,
                 columnspacing=1.2,
             )
-        return _svg(figure, name, title)
+        return inline_svg(figure, name, title)
 
 
 def bars(values: Sequence[Bar], *, unit: str = "", places: int = 1, name: str = "bars") -> Markup:
@@ -164,7 +164,7 @@ def bars(values: Sequence[Bar], *, unit: str = "", places: int = 1, name: str = 
         places: Decimal places of the figures.
         name: Unique on the page.
     """
-    with _drawing(7.6, 0.75 + 0.36 * len(values)) as figure:
+    with drawing(7.6, 0.75 + 0.36 * len(values)) as figure:
         axes = figure.subplots()
         longest = max((bar.value + (bar.sd or 0.0) for bar in values), default=1.0)
         for row, bar in enumerate(values):
@@ -175,14 +175,14 @@ def bars(values: Sequence[Bar], *, unit: str = "", places: int = 1, name: str = 
             axes.text(
                 bar.value + (bar.sd or 0.0) + 0.012 * longest, row, score(bar.value, bar.sd, places), va="center", fontsize=9
             )
-        axes.set_yticks(range(len(values)), [_plain(bar.name) for bar in values], color=INK)
+        axes.set_yticks(range(len(values)), [plain_text(bar.name) for bar in values], color=INK)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(min(0.0, *(bar.value for bar in values)) if values else 0.0, longest * 1.16 or 1.0)
         axes.invert_yaxis()
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel(_plain(unit))
-        return _svg(figure, name, f"bars: {unit}")
+        axes.set_xlabel(plain_text(unit))
+        return inline_svg(figure, name, f"bars: {unit}")
 
 
 def score(mean: float, sd: float | None = None, places: int = 1) -> str:
@@ -203,7 +203,7 @@ def example(shown: Example, *, name: str = "example") -> Markup:
     heights = [5.0] + ([0.55] if shown.phones_T is not None else []) + [0.6] * len(strips)
     heights += [0.35] if shown.predictions_T is not None else []
     end_s = len(shown.features_TF) * shown.frame_shift_s
-    with _drawing(9.6, 0.75 + 0.46 * sum(heights)) as figure:
+    with drawing(9.6, 0.75 + 0.46 * sum(heights)) as figure:
         grid = {"height_ratios": heights, "hspace": 0.12}
         panels: Iterator[Axes] = iter(figure.subplots(len(heights), 1, sharex=True, gridspec_kw=grid, squeeze=False)[:, 0])
         first = axes = next(panels)
@@ -217,7 +217,7 @@ def example(shown: Example, *, name: str = "example") -> Markup:
         )
         axes.set_ylabel("feature")
         axes.grid(visible=False)
-        axes.set_title(_plain(shown.id))
+        axes.set_title(plain_text(shown.id))
         _mark_masked(axes, shown)
         if shown.phones_T is not None:
             _phone_strip(axes := next(panels), shown)
@@ -234,7 +234,7 @@ def example(shown: Example, *, name: str = "example") -> Markup:
         axes.tick_params(axis="x", length=3, labelbottom=True)
         axes.set_xlabel("seconds")
         first.set_xlim(0.0, end_s)
-        return _svg(figure, name, f"{shown.id}: features and targets")
+        return inline_svg(figure, name, f"{shown.id}: features and targets")
 
 
 def _mark_masked(axes: Axes, shown: Example) -> None:
@@ -256,7 +256,7 @@ def _phone_strip(axes: Axes, shown: Example) -> None:
         axes.axvline(start * shown.frame_shift_s, color=LINE, linewidth=0.8)
         if phone >= 0 and stop - start > 1:
             middle = (start + stop) / 2 * shown.frame_shift_s
-            axes.text(middle, 0.5, _plain(shown.phone_names[phone]), ha="center", va="center", fontsize=9, clip_on=True)
+            axes.text(middle, 0.5, plain_text(shown.phone_names[phone]), ha="center", va="center", fontsize=9, clip_on=True)
     _strip_style(axes, "phones")
 
 
@@ -309,14 +309,14 @@ def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.nda
     return np.array([x_[b].mean() for b in bins]), np.array([y_[b].mean() for b in bins])
 
 
-def _plain(text: str) -> str:
-    """Text that an SVG can hold, cut to a length that a picture can."""
+def plain_text(text: str) -> str:
+    """Returns text that an SVG can hold, cut to a length that a picture can."""
     text = CONTROL.sub("\ufffd", str(text)).replace("\n", " ")
     return text if len(text) <= 60 else text[:59] + "…"
 
 
 @contextmanager
-def _drawing(width_in: float, height_in: float) -> Iterator[Figure]:
+def drawing(width_in: float, height_in: float) -> Iterator[Figure]:
     """Yields an empty figure in this page's style, without touching matplotlib's global state or any display."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -326,8 +326,14 @@ def _drawing(width_in: float, height_in: float) -> Iterator[Figure]:
         yield Figure(figsize=(width_in, height_in))
 
 
-def _svg(figure: Figure, name: str, title: str) -> Markup:
-    """The figure as an SVG element that fits into a page: no prologue, no foreign names, own ids, CSS colours."""
+def inline_svg(figure: Figure, name: str, title: str) -> Markup:
+    """Returns the figure as an SVG element that fits into a page: no prologue, no foreign names, own ids, CSS colours.
+
+    Args:
+        figure: Drawn inside :func:`drawing`, with placeholders for colours.
+        name: Unique on the page; starts the ids inside the picture.
+        title: For those who cannot see it.
+    """
     buffer = StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -13,8 +13,12 @@ from typing import Any, Literal
 from sslim.report import figures
 from sslim.report.cards import card_section
 from sslim.report.corpora import corpus_section, is_corpus
+from sslim.report.fronts import front_section
 from sslim.report.markup import Markup, details, element, facts, join, number, page, table
-from sslim.report.runs import Run, flatten, is_card, is_finite, is_run, read_run
+from sslim.report.profiles import profile_section
+from sslim.report.results import Results, results_in, save_pictures
+from sslim.report.runs import Run, flatten, is_finite, is_run, read_run
+from sslim.report.searches import is_search, search_section
 from sslim.storage import write_text_atomically
 
 MAX_EVENTS = 40
@@ -39,16 +43,18 @@ class Subjects:
     Attributes:
         runs: Folders of training runs.
         corpora: Corpus folders.
-        cards: Result cards.
+        results: Result cards, and results of ``sslim profile``.
+        searches: Folders of ``sslim compress search``.
     """
 
     runs: list[Path] = field(default_factory=list)
     corpora: list[Path] = field(default_factory=list)
-    cards: list[Path] = field(default_factory=list)
+    results: list[Path] = field(default_factory=list)
+    searches: list[Path] = field(default_factory=list)
 
 
 def sort_out(paths: Sequence[Path]) -> Subjects:
-    """Tells runs, corpora and cards apart by what they hold.
+    """Tells runs, corpora, searches and result files apart by what they hold; the files that lie in a folder are results too.
 
     Raises:
         ValueError: One is none of these.
@@ -57,27 +63,32 @@ def sort_out(paths: Sequence[Path]) -> Subjects:
     subjects = Subjects()
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(2, "there is no such run, corpus or card", str(path))
+            raise FileNotFoundError(2, "there is no such run, corpus or result file", str(path))
         if is_corpus(path):
             subjects.corpora.append(path)
-        elif path.is_dir() and is_run(path):
+            continue
+        results = results_in(path)
+        subjects.results.extend(results)
+        if path.is_dir() and is_run(path):
             subjects.runs.append(path)
-        elif is_card(path):
-            subjects.cards.append(path)
-        else:
+        elif is_search(path):
+            subjects.searches.append(path)
+        elif not results:
             raise ValueError(
-                f"{path} is neither a run (metrics.jsonl), a corpus (corpus.json) nor a result card (JSON with task and rows)"
+                f"{path} is neither a run (metrics.jsonl), a corpus (corpus.json), a search (search.json), a result card or a "
+                "profile (JSON of `sslim probe` or `sslim profile`), nor a folder with such results"
             )
     return subjects
 
 
-def write_report(paths: Sequence[Path], output: Path, *, title: str = "") -> None:
-    """Writes one page about runs, corpora and cards.
+def write_report(paths: Sequence[Path], output: Path, *, title: str = "", pictures: Path | None = None) -> None:
+    """Writes one page about runs, corpora, searches, cards and profiles.
 
     Args:
-        paths: Run folders, corpus folders, result cards, in any order.
+        paths: Run, corpus and search folders, result cards, profiles, and folders of these files, in any order.
         output: HTML file.
         title: Of the page; by default the names of what it is about.
+        pictures: Folder for fronts and speed-ups as pictures for paper (PNG); None for none.
 
     Raises:
         ValueError: A path is none of these, or what it holds cannot be read.
@@ -89,25 +100,42 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "") -> Non
     text = build_report(paths, title=title)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(output, text)
+    if pictures is not None:
+        save_pictures(Results.read(sort_out(paths).results), pictures)
 
 
 def build_report(paths: Sequence[Path], *, title: str = "") -> str:
     """Returns the page that ``write_report`` writes."""
     subjects = sort_out(paths)
     runs = [read_run(path) for path in subjects.runs]
-    cards = list(dict.fromkeys(p.resolve() for p in [*(card for run in runs for card in run.cards), *subjects.cards]))
+    results = Results.read(subjects.results)
     corpora = list(dict.fromkeys(p.resolve() for p in [*subjects.corpora, *(c for run in runs for c in corpora_of(run))]))
     names = ", ".join(path.resolve().stem for path in paths[:3]) + (" and others" if len(paths) > 3 else "")
     moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     parts: list[Markup | None] = [element("p", f"{moment} · sslim report", class_="muted")]
-    if cards:
-        sections = (card_section(path, name=f"card{i}") for i, path in enumerate(cards))
-        parts += [element("h2", "Results"), *sections]
+    parts += result_sections(results)
     if len(runs) > 1:
         parts.append(comparison(runs))
+    parts += [search_section(path, name=f"search{i}") for i, path in enumerate(subjects.searches)]
     parts += [run_section(run, name=f"run{i}") for i, run in enumerate(runs)]
     parts += [corpus_section(path) for path in corpora]
     return page(title or f"sslim: {names}", *parts)
+
+
+def result_sections(results: Results) -> list[Markup | None]:
+    """Fronts first, then what they were made from."""
+    parts: list[Markup | None] = []
+    profiles = list(results.profiles.values())
+    fronts = [front_section(c, profiles, name=f"front{i}") for i, c in enumerate(results.comparisons)]
+    if any(fronts):
+        parts += [element("h2", "Scores and costs"), *fronts]
+    if results.cards:
+        sections = (card_section(path, name=f"card{i}") for i, path in enumerate(results.cards))
+        parts += [element("h2", "Results"), *sections]
+    if results.profiles:
+        measured = (profile_section(p, path.name, name=f"profile{i}") for i, (path, p) in enumerate(results.profiles.items()))
+        parts += [element("h2", "Speed and size"), *measured]
+    return parts
 
 
 def corpora_of(run: Run) -> list[Path]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sslim.compress.pareto import pareto_front
 from sslim.config import read_json
 
 SEARCH = "search.json"
@@ -20,7 +21,7 @@ LABELS = {
     "accuracy": "probe accuracy / %",
     "params": "parameters / million",
     "macs": "MACs / billion per second of audio",
-    "latency_ms": "latency / ms",
+    "latency_ms": "predicted latency / ms",
     "measured_ms": "measured latency / ms",
 }
 SCALES = {"params": 1e-6, "macs": 1e-9, "accuracy": 100.0}
@@ -137,25 +138,34 @@ def draw_front(points: Sequence[FrontPoint], path: Path, *, y: str = "loss", x: 
         if others:
             axes.plot(*_columns(others, x, y), "o", color=MUTED, alpha=0.35, markersize=3.5, linewidth=0, label="evaluated")
         if front:
-            joined = y == "loss"  # only there is the front the best of each cost
-            style: Any = {"drawstyle": "steps-post", "linewidth": 1.4} if joined else {"linewidth": 0.0}
-            axes.plot(*_columns(front, x, y), "o-", color=FRONT, markersize=4.5, label="Pareto front", **style)
+            axes.plot(*_columns(front, x, y), "o", color=FRONT, markersize=4.5, label="" if y == "loss" else "Pareto front")
+        if front and y == "loss":  # only there is the front the best of each cost
+            steps: Any = {"drawstyle": "steps-post", "linewidth": 1.4, "label": "Pareto front"}
+            axes.plot(*_columns(staircase(front, x, y), x, y), "o-", color=FRONT, markersize=4.5, **steps)
         if named:
             spread = [SCALES.get(y, 1.0) * (p.sd or 0.0) for p in named] if y == "accuracy" else None
             axes.errorbar(
                 *_columns(named, x, y), yerr=spread, fmt="D", color=CHOSEN, markersize=5.5, capsize=3, label="extracted"
             )
+            label: Any = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8.5}
+            if y == "loss":  # cheaper and better than the front is nothing: there names cover no point
+                label |= {"xytext": (-6, -11), "horizontalalignment": "right"}
             for point in named:
                 (across,), (up,) = _columns([point], x, y)
-                axes.annotate(point.name or "", (across, up), xytext=(6, 5), textcoords="offset points", fontsize=8.5)
+                axes.annotate(point.name or "", (across, up), **label)
         axes.set_xlabel(LABELS.get(x, x))
         axes.set_ylabel(LABELS.get(y, y))
-        axes.margins(x=0.07, y=0.08)
+        axes.margins(x=0.1, y=0.1)
         if title:
             axes.set_title(title, loc="left", fontsize=11)
         axes.legend(loc="best")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def staircase(points: Sequence[FrontPoint], x: str, y: str) -> list[FrontPoint]:
+    """Returns the points that none beats in both x and y, by rising x; of a front of several costs these may be few."""
+    return [points[i] for i in pareto_front([(point.values[x], point.values[y]) for point in points])]
 
 
 def _columns(points: Sequence[FrontPoint], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -24,7 +24,6 @@ class Run:
         curves: (kind, metric) to {step: value}; kind is ``train`` or ``valid``.
         events: What is not a curve, in order: sentinels, skipped steps, resumptions.
         example: An utterance to draw.
-        cards: Result cards in the folder.
     """
 
     path: Path
@@ -32,7 +31,6 @@ class Run:
     curves: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     events: tuple[dict[str, Any], ...] = ()
     example: Example | None = None
-    cards: tuple[Path, ...] = ()
 
     @property
     def last_step(self) -> int:
@@ -82,8 +80,7 @@ def read_run(path: Path) -> Run:
             if metric not in ("step", "kind", "time") and isinstance(value, int | float) and not isinstance(value, bool):
                 curves.setdefault((kind, metric), {})[row["step"]] = float(value)
     rising = {key: dict(sorted(points.items())) for key, points in curves.items()}
-    cards = tuple(p for p in sorted([*path.glob("*.json"), *path.glob("cards/*.json")]) if is_card(p))
-    return Run(path=path, config=config, curves=rising, events=tuple(events), example=load_example(path), cards=cards)
+    return Run(path=path, config=config, curves=rising, events=tuple(events), example=load_example(path))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -152,7 +152,12 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     # Then gloo's threads outlive destroy_process_group, and now and then abort the interpreter when it ends.
     importlib.import_module("torch.distributed.nn")
 
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a group with the addresses in it, and a second group of the same processes would find the first
+    # one's there. So every group has keys of its own, by how often its processes have joined.
+    joined = store.add(f"sslim/joined/{rank}", 1)
+    backend, own = "nccl" if place.type == "cuda" else "gloo", dist.PrefixStore(f"sslim/{joined}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
     try:
         yield processes
     finally:

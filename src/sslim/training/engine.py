@@ -20,7 +20,7 @@ from sslim.batch import Batch, StepOutput
 from sslim.training.config import TrainerConfig
 from sslim.training.distributed import Processes
 from sslim.training.metrics import Sums, means
-from sslim.training.optimizers import build_optimizer, trained_parameters
+from sslim.training.optimizers import build_optimizer, set_learning_rate, trained_parameters
 from sslim.training.protocols import BatchSource
 from sslim.training.seeds import derive_seed, seed_device
 
@@ -133,7 +133,11 @@ class Engine:
             shapes = ", ".join(str(tuple(batch.inputs.shape)) for batch in batches)
             raise TrainingError(f"out of memory at step {step} with inputs {shapes}: lower max_frames_per_batch") from error
         self.processes.sum_gradients(self.parameters)
-        return self._update(losses, sums, learning_rate)
+        outcome = self._update(losses, sums, learning_rate)
+        if outcome.updated and hasattr(self.objective, "end_step"):
+            loss = self.processes.sum(torch.tensor(sum(outcome.losses), dtype=torch.float64, device=self.device))
+            self.objective.end_step(step, float(loss), self.optimizer)  # type: ignore[operator]
+        return outcome
 
     def _update(self, losses: list[Tensor], sums: Sums, learning_rate: float) -> StepOutcome:
         """Updates the parameters, unless something is not finite: then parameters and optimiser state stay as they are."""
@@ -144,8 +148,7 @@ class Engine:
         if not bad:
             if self.config.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
             if self.processes.is_main:
                 sums.add({"loss": (0.0, 1.0), "gradient_norm": (norm_value, 1.0)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sslim.storage import load_tensors, save_tensors
 
 STATE_FILE = "optimizer.safetensors"
+FACTOR = "lr_factor"  # key of a parameter group: its learning rate as a multiple of the run's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,26 +44,44 @@ def _can_fuse(parameters: list[nn.Parameter]) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
-def _adam(named: dict[str, nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    parameters = list(named.values())
-    return torch.optim.Adam(
-        parameters,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=_can_fuse(parameters),
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Parameters that share a learning rate.
+
+    Attributes:
+        parameters: The parameters.
+        factor: Their learning rate as a multiple of the run's.
+        decays: Whether weight decay is for them.
+    """
+
+    parameters: list[nn.Parameter]
+    factor: float = 1.0
+    decays: bool = True
+
+    def options(self, config: OptimizerConfig) -> dict[str, Any]:
+        """Returns them as torch's optimisers take them."""
+        weight_decay = config.weight_decay if self.decays else 0.0
+        rates = {"lr": config.lr * self.factor, FACTOR: self.factor}
+        return {"params": self.parameters, "weight_decay": weight_decay, **rates}
 
 
-def _adamw(named: dict[str, nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    parameters = list(named.values())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+def _adam(groups: list[_Group], config: OptimizerConfig) -> Optimizer:
+    return torch.optim.Adam([group.options(config) for group in groups], **_options(groups, config))
+
+
+def _adamw(groups: list[_Group], config: OptimizerConfig) -> Optimizer:
+    split = [
+        replace(group, parameters=part, decays=group.decays and matrices)
+        for group in groups
+        for matrices in (True, False)
+        if (part := [p for p in group.parameters if (p.dim() >= 2) is matrices])
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(parameters))
+    return torch.optim.AdamW([group.options(config) for group in split], **_options(groups, config))
+
+
+def _options(groups: list[_Group], config: OptimizerConfig) -> dict[str, Any]:
+    fused = _can_fuse([p for group in groups for p in group.parameters])
+    return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -70,16 +89,38 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Returns an optimiser of everything in ``module`` that is trained, fused where the device can.
-
-    Raises:
-        ValueError: Nothing is trained.
-    """
+def _groups(module: nn.Module) -> list[_Group]:
+    """The trained parameters, apart from them those for which the objective asks for learning rates of their own."""
     named = trained_parameters(module)
     if not named:
         raise ValueError("no parameter of the objective has requires_grad: there is nothing to train")
-    return OPTIMIZERS[config.kind](named, config)
+    factors = module.learning_rate_factors() if hasattr(module, "learning_rate_factors") else {}  # type: ignore[operator]
+    special: dict[str, list[nn.Parameter]] = {}
+    for prefix in factors:
+        names = [name for name in named if name == prefix or name.startswith(f"{prefix}.")]
+        special[prefix] = [named.pop(name) for name in names]
+        if not names:
+            raise ValueError(f"learning_rate_factors names {prefix!r}, which no trained parameter of the objective starts with")
+    own = [_Group(parameters=part, factor=factors[prefix], decays=False) for prefix, part in special.items()]
+    return [*([_Group(parameters=list(named.values()))] if named else []), *own]
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Returns an optimiser of everything in ``module`` that is trained, fused where the device can.
+
+    Parameters that ``module.learning_rate_factors()`` names (see ``Objective``) have their own multiples of the learning rate
+    and no weight decay.
+
+    Raises:
+        ValueError: Nothing is trained, or a factor is given for parameters that there are not.
+    """
+    return OPTIMIZERS[config.kind](_groups(module), config)
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Sets the learning rate of the next update; parameters with a factor of their own get that multiple."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get(FACTOR, 1.0)
 
 
 def save_optimizer_state(folder: Path, optimizer: Optimizer, module: nn.Module) -> None:
@@ -140,4 +181,4 @@ def _place(value: Tensor, field: str, parameter: nn.Parameter, fused: bool) -> A
     return value.to("cpu" if field == "step" and not fused else parameter.device, copy=True)
 
 
-OPTIMIZERS: dict[str, Callable[[dict[str, nn.Parameter], OptimizerConfig], Optimizer]] = {"adam": _adam, "adamw": _adamw}
+OPTIMIZERS: dict[str, Callable[[list[_Group], OptimizerConfig], Optimizer]] = {"adam": _adam, "adamw": _adamw}

@@ -31,10 +31,13 @@ class Objective(Protocol):
     totals to each ``forward``, whose loss is ``sum over terms of coefficient * sum_of_term / totals[term]``.
 
     ``prepare`` runs on the device without autocast; ``forward`` runs under autocast when bf16 is asked for and is what gets
-    compiled: layers that are trained belong there. An objective may also have ``set_gradient_checkpointing(enabled)``, and
-    ``begin_step(step, generator)``, called before a training step with a generator that is the same on all processes. A frozen
-    teacher keeps itself in eval mode (by overriding ``train``) and has ``requires_grad`` off, which keeps it out of
-    the optimiser.
+    compiled: layers that are trained belong there. An objective may also have ``set_gradient_checkpointing(enabled)``;
+    ``begin_step(step, generator)``, called before a training step with a generator that is the same on all processes;
+    ``end_step(step, loss, optimizer)``, called after one on all processes with the loss of the whole step, the same number on
+    each, unless the step was skipped because something was not finite; and ``learning_rate_factors()``, which maps names of
+    parameters or of modules to multiples of the run's learning rate, for parameters that get no weight decay either. A frozen
+    teacher keeps itself in eval mode (by overriding ``train``) and has ``requires_grad`` off, which keeps it out of the
+    optimiser.
     """
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Any:

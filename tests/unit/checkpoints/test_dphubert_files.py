@@ -255,6 +255,7 @@ def test_pruned_file_is_the_masked_model(kind, last_conv, tmp_path):
     assert model.num_parameters() == held - unused
     dropped = model.provenance[0].get("dropped", [])
     assert len(dropped) == (4 if KINDS[kind][1] else 0)
+    assert ("group-norm statistics over padding" in model.provenance[0]["padding"]) == (not KINDS[kind][1])
     with torch.no_grad():  # the control: the factors of the last convolution matter, also where nothing else is soft
         model.frontend.scale.mul_(torch.linspace(0.5, 1.5, model.frontend.scale.numel()))
     assert largest(model, want) > 1e-3

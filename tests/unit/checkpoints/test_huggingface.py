@@ -16,6 +16,7 @@ from sslim.commands import export
 from sslim.frontends import ConvLayerConfig
 from sslim.models import PRESETS, build_model
 from sslim.models.hubert import hubert, narrow_conv_layers
+from sslim.models.search_space import SearchSpace
 from sslim.nn.encoder import BlockConfig
 from sslim.nn.slicing import fold_positions
 
@@ -46,7 +47,7 @@ def put(folder, tensors):
 def build(config):
     model = build_model(config, torch.Generator().manual_seed(1))
     with torch.no_grad():  # norms of one and zero would hide an exchange
-        for parameter in model.parameters():
+        for parameter in filter(torch.is_floating_point, model.parameters()):
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     return model
 
@@ -135,6 +136,7 @@ def with_blocks(**changes):
         (lambda: replace(TINY, encoder=replace(TINY.encoder, final_norm=True)), "neither its post-norm nor its pre-norm"),
         (lambda: replace(TINY, encoder=replace(TINY.encoder, layer_norm_eps=1e-6)), "layer_norm_eps is 1e-06"),
         (lambda: replace(TINY, encoder=replace(TINY.encoder, depth_map=())), "no layers"),
+        (lambda: replace(TINY, storage="int8-dynamic"), "stored as int8-dynamic"),
         (
             lambda: replace(
                 TINY,
@@ -156,6 +158,27 @@ def test_nothing_else_is_overwritten(tmp_path):
     with pytest.raises(ValueError, match="no Hugging Face folder"):
         export_huggingface(build(TINY), tmp_path / "notes")
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+
+
+def test_the_command_says_how_large_the_export_is(tmp_path, capsys):
+    """Shared layers are stored once here and once for each layer there; a subnet of a supernet is named on the way."""
+    transformers = pytest.importorskip("transformers")
+    model = build(shared())
+    sslim.save_model(model, tmp_path / "model")
+    export.main(export.Options(model=tmp_path / "model", output=tmp_path / "out", format="huggingface"))
+    said = capsys.readouterr().out
+    theirs = transformers.HubertModel.from_pretrained(tmp_path / "out")
+    assert f"{sum(parameter.numel() for parameter in theirs.parameters()):,} parameters" in said
+    assert f"2 shared blocks unrolled to 6 layers, of {model.num_parameters():,} parameters" in said
+    space = SearchSpace(dims=(16, 32), num_heads=(2, 4), feedforward_ratios=(1.0, 2.0), num_layers=(2,))
+    sslim.save_model(build(replace(TINY, search_space=space)), tmp_path / "supernet")
+    supernet = export.Options(model=tmp_path / "supernet", output=tmp_path / "small", format="huggingface")
+    with pytest.raises(ValueError, match="it is a supernet: export one of its subnets"):
+        export.main(supernet)
+    export.main(replace(supernet, subnet="min"))
+    small, expected = sslim.load_model(tmp_path / "small"), sslim.load_model(tmp_path / "supernet", subnet="min")
+    assert f"{small.num_parameters():,} parameters" in capsys.readouterr().out
+    torch.testing.assert_close(final(small), final(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_the_command(tmp_path, capsys):
@@ -180,8 +203,9 @@ def test_every_layout_of_the_tensors(folder):
     assert torch.equal(final(model), expected)
     assert model.provenance[0]["dropped"] == ["lm_head.weight"]
     (folder / "model.safetensors").unlink()
-    torch.save(tensors, folder / "pytorch_model.bin")
-    assert torch.equal(final(sslim.load_model(folder)), expected)
+    for options in ({}, {"_use_new_zipfile_serialization": False}):  # the second as torch wrote before 1.6
+        torch.save(tensors, folder / "pytorch_model.bin", **options)
+        assert torch.equal(final(sslim.load_model(folder)), expected)
     (folder / "pytorch_model.bin").unlink()
     names = sorted(tensors)
     places = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
@@ -196,6 +220,31 @@ def test_every_layout_of_the_tensors(folder):
     index.write_text(json.dumps({"weight_map": {**places, "more": places[names[0]]}}))
     with pytest.raises(CheckpointError, match="lacks more"):
         sslim.load_model(folder)
+
+
+class Harmful:
+    """An object that would make a file when it is unpickled as Python does it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_pickle_is_executed(folder, tmp_path):
+    """The .bin of a folder goes through the restricted reader; the control shows that it would do harm."""
+    tensors, mark = load_file(folder / "model.safetensors"), tmp_path / "executed"
+    (folder / "model.safetensors").unlink()
+    for contents in ({**tensors, "more": Harmful(mark)}, Harmful(mark)):
+        torch.save(contents, folder / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
+            sslim.load_model(folder)
+        assert "\n" not in str(caught.value)
+        assert not mark.exists()
+    function, arguments = Harmful(mark).__reduce__()
+    function(*arguments)  # what Python's unpickler would do
+    assert mark.exists()
 
 
 def test_whether_waveforms_are_normalised(folder):
@@ -275,15 +324,23 @@ def test_settings_that_do_not_fit_get_one_sentence(values, match, folder):
     assert "\n" not in str(caught.value)
 
 
-def test_tensors_are_used_once_each(folder):
+@pytest.mark.parametrize("asset", ["hf_base", "hf_large"])
+def test_tensors_are_used_once_each(asset, tmp_path):
+    folder = tmp_path / "hf"
+    shutil.copytree(ASSETS / asset, folder)
     tensors = load_file(folder / "model.safetensors")
-    lacking = {name: tensor for name, tensor in tensors.items() if name != "encoder.layer_norm.weight"}
-    put(folder, lacking)
-    with pytest.raises(CheckpointError, match=r"lacks encoder\.input_norm\.weight"):
-        sslim.load_model(folder)
+    for missing in tensors:
+        put(folder, {name: tensor for name, tensor in tensors.items() if name != missing})
+        if missing == "masked_spec_embed":  # models that were fine-tuned without masking lack it
+            assert set(sslim.load_model(folder).heads) == set()
+            continue
+        with pytest.raises(CheckpointError, match="lacks "):
+            sslim.load_model(folder)
     put(folder, {**tensors, "encoder.extra": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"encoder\.extra"):
         sslim.load_model(folder)
+    put(folder, tensors)  # the control: it is not the rewriting that fails
+    assert torch.equal(final(sslim.load_model(folder)), final(sslim.load_model(ASSETS / asset)))
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no tensors"):
         sslim.load_model(folder)

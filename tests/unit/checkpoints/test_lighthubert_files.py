@@ -49,10 +49,11 @@ def test_the_search_space_follows_from_the_settings(settings, space):
 def test_an_undecidable_file_loads_only_with_its_sizes_spelt_out(settings, named, tmp_path):
     contents = lighthubert_file(**settings)
     for subnet in (None, "default", "max", "min"):
-        with pytest.raises(CheckpointError, match=rf"base, small or stage 1.*{named}.*subnet=\{{\.\.\.\}}"):
+        with pytest.raises(CheckpointError, match=rf"base, small or stage 1.*{named}.*subnet=\{{\.\.\.\}}, or subnet='whole'"):
             load(contents, tmp_path, subnet=subnet)
     model = load(contents, tmp_path, subnet=SUBNET)
     assert (model.config.encoder.dim, model.num_layers) == (48, 11)
+    assert load(contents, tmp_path, subnet="whole").config.encoder.dim == 64
     decided = load(lighthubert_file(), tmp_path, subnet=SUBNET)
     assert all(torch.equal(tensor, decided.state_dict()[name]) for name, tensor in model.state_dict().items())
 

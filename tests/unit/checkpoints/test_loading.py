@@ -45,8 +45,17 @@ def test_statistics_of_another_width_are_refused(tmp_path):
 def test_paths_that_are_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt does not exist"):
         sslim.load_model(tmp_path / "nowhere.ckpt")
-    with pytest.raises(CheckpointError, match=r"no model\.json"):
+    with pytest.raises(CheckpointError, match=r"no model\.json \(sslim\) and no config\.json \(Hugging Face\)$"):
         sslim.load_model(tmp_path)
+    sslim.save_model(sslim.load_model(FILE), tmp_path / "run" / "model")
+    with pytest.raises(CheckpointError, match=r"its folder .*run/model is one"):
+        sslim.load_model(tmp_path / "run")
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for name, said in (("config.json", "is the description of a model"), ("pytorch_model.bin", "without their description")):
+        (folder / name).write_text("{}")
+        with pytest.raises(CheckpointError, match=rf"{said}: give (its|their) folder .*hf$"):
+            sslim.load_model(folder / name)
     (tmp_path / "page.ckpt").write_text("<html>login</html>")
     with pytest.raises(CheckpointError, match="HTML page"):
         sslim.load_model(tmp_path / "page.ckpt")

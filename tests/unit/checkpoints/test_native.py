@@ -9,6 +9,7 @@ import torch
 import sslim
 from sslim.checkpoints import CheckpointError
 from sslim.checkpoints.native import assemble
+from sslim.compress.quantize import Quantization, quantize
 from sslim.models import PRESETS, ModelConfig, ProjectionConfig, build_model, slice_model
 from sslim.nn.encoder import BlockConfig, EncoderConfig, LinearRanks
 from sslim.nn.heads import ClusterHeadConfig, MaskEmbeddingConfig
@@ -194,3 +195,64 @@ def test_models_saved_with_the_mask_embedding_inside_the_cluster_head_still_load
     again = sslim.load_model(tmp_path / "old")
     assert again.config == model.config
     assert torch.equal(again.heads["mask"].embedding, model.heads["mask"].embedding)
+
+
+def bytes_of(folder):
+    return (folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8-dynamic", 0.26), ("int8-weights", 0.26), ("bf16", 0.51), ("fp16", 0.51)])
+def test_quantised_models_round_trip_in_smaller_files(kind, share, tmp_path):
+    wide = BlockConfig(num_heads=4, head_dim=64, feedforward_dim=1024)
+    low_rank = replace(wide, num_heads=3, feedforward_dim=1000, ranks=LinearRanks(query=20, down=90))
+    encoder = EncoderConfig(dim=256, blocks=(wide, low_rank), depth_map=(0, 1, 0), positions=None)
+    config = ModelConfig(family="test", frontend=None, projection=ProjectionConfig(feature_dim=7), encoder=encoder)
+    model = build_model(config, generator())
+    small = quantize(model, Quantization(kind=kind))
+    sslim.save_model(model, tmp_path / "whole")
+    sslim.save_model(small, tmp_path / "small")
+    assert bytes_of(tmp_path / "small") < share * bytes_of(tmp_path / "whole")
+    again = sslim.load_model(tmp_path / "small")
+    assert again.config == small.config
+    assert again.provenance == small.provenance
+    x = torch.randn(2, 9, 7, generator=generator())
+    with torch.inference_mode():
+        want, got, whole = (m.encode_features(x, torch.tensor([9, 6])) for m in (small, again, model))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got.layers, want.layers, strict=True))
+    assert not torch.equal(got.final, whole.final)
+    sslim.save_model(again, tmp_path / "again")
+    assert file_digest(tmp_path / "again" / "model.safetensors") == file_digest(tmp_path / "small" / "model.safetensors")
+
+
+def test_a_folder_without_storage_is_float32_and_storage_is_checked(tmp_path):
+    model = tiny()
+    sslim.save_model(model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "model.json").read_text())["config"]
+    assert "storage" not in config  # as in folders from before there was a choice
+    assert sslim.load_model(tmp_path / "m").config.storage is None
+    rewrite(tmp_path / "m", config={**config, "storage": "int8-dynamic"})
+    with pytest.raises(CheckpointError, match=r"lacks encoder\.blocks\.0\.attention\.key\.scale"):
+        sslim.load_model(tmp_path / "m")
+    rewrite(tmp_path / "m", config={**config, "storage": "int4"})
+    with pytest.raises(ValueError, match=r"config\.storage: int4"):
+        sslim.load_model(tmp_path / "m")
+    small = quantize(model, Quantization(kind="int8-weights"))
+    state = small.state_dict()
+    assemble(small.config, state, [], source="s")  # the control
+    name = "encoder.blocks.0.attention.query.weight"
+    with pytest.raises(CheckpointError, match=rf"s: {name} holds torch\.float32, expected torch\.int8"):
+        assemble(small.config, {**state, name: state[name].float()}, [], source="s")
+    with pytest.raises(CheckpointError, match=rf"s: {name} holds torch\.int32, expected torch\.int8"):
+        assemble(small.config, {**state, name: state[name].int()}, [], source="s")
+    with pytest.raises(CheckpointError, match=r"holds torch\.int8, expected floating-point numbers"):
+        assemble(model.config, {**model.state_dict(), name: state[name]}, [], source="s")
+
+
+def test_weights_that_outgrew_fp16_are_not_saved(tmp_path):
+    small = quantize(tiny(), Quantization(kind="fp16"))
+    sslim.save_model(small, tmp_path / "m")
+    with torch.no_grad():
+        small.projection.linear.bias[0] = 1e6
+    with pytest.raises(ValueError, match=r"projection\.linear\.bias reaches 1e\+06, which fp16 cannot hold"):
+        sslim.save_model(small, tmp_path / "m")
+    assert sslim.load_model(tmp_path / "m").projection.linear.bias.abs().max() < 1

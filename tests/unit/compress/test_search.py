@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sslim.compress.budgets import Budget, Costs, check_feasible, fits, parse_budget, repair
+from sslim.compress.budgets import Budget, Costs, amount, check_feasible, fits, parse_budget, repair
 from sslim.compress.genome import cross, draw, from_subnet, kept_blocks, mutate, neighbours, to_subnet
 from sslim.compress.pareto import crowding, dominates, pareto_front, rank, sort_fronts, spread
 from sslim.compress.search import SearchConfig, SearchResult, kendall_tau, search, trust
@@ -141,8 +141,35 @@ def test_a_budget_below_the_smallest_subnet_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="largest subnet has 52 milliseconds, less than the 99"):
         check_feasible(SPACE, costs(), [Budget(name="latency_ms", minimum=99, maximum=100)])
     tight = [Budget(name="params", minimum=70_000, maximum=80_000), Budget(name="latency_ms", maximum=22)]
-    with pytest.raises(ValueError, match="no subnet was found within all budgets together"):
+    sentence = r"within 70,000 to 80,000 parameters and 22 milliseconds; the nearest has [\d,]+ and \d+: widen the budget"
+    with pytest.raises(ValueError, match=sentence):
         search(SPACE, smooth_loss, costs(), tight, SearchConfig(population=4, generations=1))
+
+
+def test_budgets_that_leave_little_are_met_and_those_that_leave_nothing_named_soon() -> None:
+    """About a hundred of 22,113 subnets have exactly this size; the nearest to an empty range is named after few looks."""
+    exact = [Budget(name="params", minimum=41_472, maximum=41_472)]
+    found = costs()
+    check_feasible(SPACE, found, exact)
+    assert found.nearest(exact)["params"] == 41_472
+    empty = [Budget(name="params", minimum=41_473, maximum=41_474)]
+    with pytest.raises(ValueError, match=r"no subnet was found within 41,473 to 41,474 parameters; the nearest has 41,472"):
+        check_feasible(SPACE, costs(), empty)
+    looked_at: list[Subnet] = []
+
+    def counted(subnet: Subnet) -> float:
+        looked_at.append(subnet)
+        return size(subnet)
+
+    with pytest.raises(ValueError, match="no subnet was found within"):
+        check_feasible(
+            LIGHTHUBERT_SMALL, Costs({"params": counted}), [Budget(name="params", minimum=12_000_001, maximum=12_000_002)]
+        )
+    assert len(looked_at) < 40_000  # of 951,892,141,473
+
+
+def test_amounts_are_readable() -> None:
+    assert [amount(value) for value in (169_728.0, 1e9, 999.4, 11.927)] == ["169,728", "1,000,000,000", "999.4", "11.93"]
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 3)), min_size=1, max_size=30)

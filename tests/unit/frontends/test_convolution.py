@@ -138,12 +138,24 @@ def test_compat_lets_group_statistics_see_padding_as_the_reference_does() -> Non
     assert (own.values[1, :frames] - expected[1, :frames]).abs().max() > 1e-2
 
 
+def fairseqs_count(length: int, padded: int, frames: int) -> int:
+    """Its mask of frames: the samples that do not fill the last chunk cut off, a chunk is padding when all its samples are."""
+    padding = torch.arange(padded) >= length
+    return int((~padding[: padded - padded % frames].view(frames, -1).all(-1)).sum())
+
+
 def test_coarse_mask_counts_chunks_that_hold_any_real_sample() -> None:
-    padded, frames = 4800, 14  # chunks of 342 samples
-    mask = torch.zeros(2, padded, dtype=torch.bool)
-    mask[0], mask[1, :3200] = True, True
-    chunks = mask[:, : padded - padded % frames].view(2, frames, -1).any(-1).sum(1)
-    assert coarse_num_frames(torch.tensor([4800, 3200]), padded, frames).tolist() == chunks.tolist() == [14, 10]
+    built = build_frontend(ConvFrontendConfig())
+    surplus = []
+    for padded in range(4000, 40000, 1777):
+        frames = built.num_frames(padded)
+        lengths = [*range(400, padded, 701), padded - 1, padded]
+        counts = coarse_num_frames(torch.tensor(lengths), padded, frames).tolist()
+        assert counts == [fairseqs_count(length, padded, frames) for length in lengths]
+        surplus += [count - built.num_frames(length) for count, length in zip(counts, lengths, strict=True)]
+    assert set(surplus) == {0, 1, 2}  # never a frame less than convolution arithmetic
+    assert surplus.count(1) > surplus.count(0)
+    assert coarse_num_frames(torch.tensor([4800, 3200]), 4800, 14).tolist() == [14, 10]  # the specification's own example
 
 
 def test_silence_and_constant_offsets_give_finite_features() -> None:

@@ -10,6 +10,7 @@ from sslim.batch import Padded
 from sslim.frontends import ConvFrontendConfig, ConvLayerConfig
 from sslim.models import ModelConfig, ProjectionConfig, SpeechModel, build_model
 from sslim.models.elastic import (
+    check_supernet,
     count_parameters,
     extract_model,
     model_units,
@@ -20,9 +21,10 @@ from sslim.models.elastic import (
 )
 from sslim.models.melhubert import melhubert
 from sslim.models.search_space import LIGHTHUBERT_BASE, LIGHTHUBERT_SMALL, SearchSpace, Subnet
-from sslim.nn.encoder import EncoderConfig, plain_blocks
-from sslim.nn.heads import CodewordHeadConfig, MaskEmbeddingConfig, RegressionHeadConfig, SplitHeadConfig
-from sslim.nn.positions import ConvPositionsConfig, SinusoidPositionsConfig
+from sslim.nn.encoder import EncoderConfig, LinearRanks, plain_blocks
+from sslim.nn.heads import CodewordHeadConfig, MaskEmbeddingConfig, RegressionHeadConfig, SpectrogramHeadConfig, SplitHeadConfig
+from sslim.nn.positions import ConvPositionsConfig, PositionsConfig, SinusoidPositionsConfig
+from sslim.nn.relative_positions import RelativePositionsConfig
 
 LAYERS = (ConvLayerConfig(channels=6, kernel=10, stride=5), ConvLayerConfig(channels=8, kernel=4, stride=4))
 POSITIONS = ConvPositionsConfig(kernel_size=6, groups=4)
@@ -46,6 +48,7 @@ def waveform(norm: str = "group") -> ModelConfig:
             "masked_prediction": CodewordHeadConfig(num_clusters=7, codeword_dim=5),
             "distillation": RegressionHeadConfig(output_dim=9, bias=False),
             "distillation_0": SplitHeadConfig(num_tasks=2, hidden_dim=3, output_dim=4),
+            "reconstruction": SpectrogramHeadConfig(hidden_dim=6, output_dim=4),
         },
         search_space=SPACE,
     )
@@ -79,11 +82,45 @@ def shared() -> ModelConfig:
     return replace(config, encoder=encoder, search_space=replace(SPACE, num_layers=(2, 3, 4), depth_map=(0, 1, 1, 0)))
 
 
+def pre_norm(positions: PositionsConfig | None = None) -> ModelConfig:
+    """No positions, no input norm, a window of its own, factored maps."""
+    config = mel()
+    block = replace(config.encoder.blocks[0], attention_window=3, ranks=LinearRanks(query=3, output=5, up=6))
+    encoder = replace(
+        config.encoder,
+        blocks=(block,) * 3,
+        positions=positions,
+        norm_placement="pre",
+        input_norm=False,
+        final_norm=True,
+    )
+    return replace(config, encoder=encoder)
+
+
+def causal() -> ModelConfig:
+    config = pre_norm(replace(POSITIONS, causal=True, weight_norm=False))
+    return replace(config, encoder=replace(config.encoder, causal=True, norm_placement="post", final_norm=False))
+
+
+def relative() -> ModelConfig:
+    """WavLM's: gates read the channels of their heads, so heads and width are cut together."""
+    config = waveform()
+    encoder = replace(
+        config.encoder,
+        **plain_blocks(3, 4, 4, 32),
+        relative_positions=RelativePositionsConfig(num_buckets=8, max_distance=20, num_heads=4),
+    )
+    return replace(config, family="wavlm", encoder=encoder)
+
+
 FAMILIES: dict[str, Callable[[], ModelConfig]] = {
     "melhubert": mel,
     "waveform": waveform,
     "lighthubert": lighthubert,
     "shared": shared,
+    "pre-norm": pre_norm,
+    "causal": causal,
+    "relative": relative,
 }
 
 
@@ -111,12 +148,13 @@ def subnets(config: ModelConfig, count: int) -> list[Subnet]:
     chosen = [space.largest(), space.smallest(), *(space.sample(generator) for _ in range(count - 4))]
     same_choice = dict(zip(space.blocks(chosen[-1].num_layers), range(chosen[-1].num_layers), strict=False))
     windows = tuple(None if same_choice[block] % 2 else 2 for block in space.blocks(chosen[-1].num_layers))
-    return [*chosen, *(replace(chosen[-1], windows=windows, window_rule=rule) for rule in ("band", "lighthubert"))]
+    faulty = [] if config.encoder.causal or config.encoder.relative_positions is not None else ["lighthubert"]
+    return [*chosen, *(replace(chosen[-1], windows=windows, window_rule=rule) for rule in ("band", *faulty))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_elastic_equals_extracted(family: str) -> None:
-    """18 subnets of each family, padded batches; parameters as counted; 72 in all."""
+    """18 subnets of each family (17 without LightHuBERT's windows), padded batches; parameters as counted; 124 in all."""
     config = FAMILIES[family]()
     model = build(config)
     x = features(model)
@@ -240,3 +278,15 @@ def test_a_model_without_a_space_has_no_named_subnets() -> None:
     with pytest.raises(ValueError, match="subnet 'min' is asked for, but this melhubert model is no supernet"):
         extract_model(model, "min")
     assert extract_model(model, Subnet(dim=8, num_heads=(1,), feedforward_dims=(4,))).num_layers == 1
+
+
+def test_supernets_that_cannot_be_are_refused() -> None:
+    check_supernet(relative())
+    with pytest.raises(ValueError, match="at width 8 the gates of relative positions find the channels of 2 heads, but head 4"):
+        check_supernet(replace(relative(), search_space=replace(SPACE, num_heads=(2, 4))))
+    as_they_are = replace(mel(), projection=ProjectionConfig(feature_dim=16, linear=False))
+    check_supernet(replace(as_they_are, search_space=replace(SPACE, dims=(16,))))
+    with pytest.raises(ValueError, match=r"dims of the search space must be \(16,\), not \(8, 12, 16\)"):
+        check_supernet(as_they_are)
+    with pytest.raises(ValueError, match="this melhubert model is no supernet: it has no search space"):
+        check_supernet(replace(mel(), search_space=None))

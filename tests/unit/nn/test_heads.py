@@ -13,6 +13,7 @@ from sslim.nn.heads import (
     HeadConfig,
     MaskEmbeddingConfig,
     RegressionHeadConfig,
+    SpectrogramHeadConfig,
     SplitHeadConfig,
     build_head,
 )
@@ -45,6 +46,22 @@ def test_split_head_is_a_shared_layer_and_one_map_for_each_task() -> None:
     for task in range(3):
         own = hidden[..., 4 * task : 4 * task + 4] @ head.weight[task] + head.bias[task]
         torch.testing.assert_close(output[:, task], own)
+
+
+def test_spectrogram_head_norms_between_two_maps() -> None:
+    head = built(SpectrogramHeadConfig(hidden_dim=7, output_dim=5, layer_norm_eps=1e-12))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(2))
+    hidden = x @ head.inner.weight.T + head.inner.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    normed = (hidden - hidden.mean(-1, keepdim=True)) / hidden.var(-1, unbiased=False, keepdim=True).sqrt()
+    expected = (normed * head.norm.weight + head.norm.bias) @ head.outer.weight.T + head.outer.bias
+    torch.testing.assert_close(head(x), expected, rtol=1e-5, atol=1e-5)
+    relu = built(SpectrogramHeadConfig(hidden_dim=7, output_dim=5, activation="relu"))
+    relu.load_state_dict(head.state_dict())
+    assert (relu(x) - expected).abs().max() > 1e-3
 
 
 def test_mask_embedding_replaces_exactly_the_masked_frames() -> None:

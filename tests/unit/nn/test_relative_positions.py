@@ -137,9 +137,22 @@ def test_elastic_equals_extracted_and_pruning_twice_composes() -> None:
     assert encoder.relative_positions.table.grad.abs().max() > 0
 
 
-def test_channels_that_gates_read_cannot_be_cut() -> None:
-    with pytest.raises(ValueError, match="read every channel"):
-        extract_subnet(build(), Units.prefix(CONFIG, dim=8))
+def test_channels_go_with_the_heads_whose_gates_read_them() -> None:
+    """Half the width leaves the first two heads their gates and their columns of the table."""
+    encoder, kept = build(), Units.prefix(CONFIG, dim=8, num_heads=(1, 2))
+    small, x = extract_subnet(encoder, kept), inputs()[..., :8]
+    assert small.config.relative_positions.num_heads == 2
+    torch.testing.assert_close(run_subnet(encoder, kept, x).final, small(x).final, atol=1e-6, rtol=0)
+    wide = torch.cat([x, torch.full_like(x, torch.nan)], -1)  # what is cut does not count
+    for ours, whole, heads in zip(small.blocks, encoder.blocks, (1, 2), strict=True):
+        torch.testing.assert_close(ours.attention.gate(x), whole.attention.gate(wide)[..., :heads])
+    assert torch.equal(small.relative_positions.table, encoder.relative_positions.table[:, :2])
+    with pytest.raises(ValueError, match="at width 8 the gates of relative positions find the channels of 2 heads, but head 4"):
+        extract_subnet(encoder, Units.prefix(CONFIG, dim=8))
+    with pytest.raises(ValueError, match="4 at a time: 6 of 16 cannot be kept"):
+        extract_subnet(encoder, Units.prefix(CONFIG, dim=6))
+    with pytest.raises(ValueError, match="only the last channels can be cut"):
+        extract_subnet(encoder, replace(kept, channels=(0, 1, 2, 3, 8, 9, 10, 11)))
 
 
 def test_pruned_description_round_trips_and_old_ones_still_read() -> None:

@@ -1,15 +1,25 @@
 """The slicing rule: full units are the model, elastic equals extracted, pruned equals zeroed; each with a control."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sslim.nn.encoder import BlockConfig, Encoder, EncoderConfig, LinearRanks, plain_blocks
 from sslim.nn.positions import ConvPositionsConfig
-from sslim.nn.slicing import AXES, Units, extract_subnet, fold_positions, run_subnet, slice_config
+from sslim.nn.slicing import (
+    AXES,
+    Units,
+    encoder_view,
+    extract_subnet,
+    fold_positions,
+    run_subnet,
+    slice_config,
+    slice_tensor,
+)
 
 CONFIG = EncoderConfig(
     dim=16,
@@ -111,6 +121,49 @@ def test_gradients_reach_the_kept_part_of_the_supernet_only() -> None:
     assert query[:8, :8].abs().max() > 0
     assert query[8:].abs().max() == 0 == query[:, 8:].abs().max()
     assert up[6:].abs().max() == 0
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New memory holds NaN instead of what was there."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(1, 30), st.booleans())
+def test_runs_and_prefixes_are_cut_and_their_gradients_put_back(
+    poisoned_memory: None, prefix: int, width: int, gap: int, tail: int, count: int, transpose: bool
+) -> None:
+    """Against plain indexing: LightHuBERT's blocks of units on one axis, the first channels on the other."""
+    period, runs = width + gap, -(-count // width)
+    rows = [i // width * period + i % width for i in range(count)]
+    shape, axes = (runs * period - gap + tail, 12), ("units", "channels")
+    if transpose:
+        shape, axes = shape[::-1], axes[::-1]
+    generator = torch.Generator().manual_seed(count)
+    whole = torch.randn(shape, generator=generator, requires_grad=True)
+    cut = slice_tensor(whole, axes, {"units": rows, "channels": range(prefix)})
+    indices = (torch.arange(prefix), torch.tensor(rows)) if transpose else (torch.tensor(rows), torch.arange(prefix))
+    want = whole[indices[0][:, None], indices[1]]
+    assert torch.equal(cut, want)
+    weights = torch.randn(cut.shape, generator=generator)
+    gradients = [torch.autograd.grad((part * weights).sum(), whole)[0] for part in (cut, want)]
+    assert torch.equal(*gradients)
+
+
+def test_gradients_of_a_cut_kernel_pass_through_the_norm_of_the_whole() -> None:
+    positions = (encoder := build()).positions
+    cut = encoder_view(encoder, Units.prefix(CONFIG, dim=8)).positions.weight
+    want = positions.kernel()[:8, :4]
+    assert torch.equal(cut, want)
+    weights = torch.randn(cut.shape, generator=torch.Generator().manual_seed(4))
+    parameters = (positions.gain, positions.direction)
+    ours, whole = (torch.autograd.grad((kernel * weights).sum(), parameters) for kernel in (cut, want))
+    for a, b in zip(ours, whole, strict=True):
+        torch.testing.assert_close(a, b)
+    assert ours[1][8:].abs().max() > 0  # the norm's share, beyond what is cut
 
 
 def test_weight_norm_is_folded_before_slicing() -> None:

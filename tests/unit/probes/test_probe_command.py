@@ -13,6 +13,7 @@ from sslim.data.corpus import Corpus
 from sslim.models import PRESETS, build_model
 from sslim.probes import read_card
 from sslim.probes.features import log_mel_representation, model_representation, pooled_features, randomised
+from sslim.profiling import count_macs
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,9 @@ def test_the_verb_writes_a_card(corpus, model, tmp_path, capsys):
         assert row["sd"] == pytest.approx(np.std(row["scores"], ddof=1), abs=1e-3)
         assert [len(choice["folds"]) for choice in row["chosen"]] == [4, 4]
     assert card["rows"][2]["num_parameters"] == model[0].num_parameters(with_heads=False)
+    assert card["rows"][2]["macs_seconds"] == 10.0
+    assert card["rows"][2]["macs_per_second"] == count_macs(model[0].config, seconds=10.0).per_second
+    assert [row["macs_per_second"] for row in card["rows"][:2]] == [None, None]  # baselines
     assert len(card["rows"][2]["layer_weights"]) == 3
     assert "log-Mel" in capsys.readouterr().out
 

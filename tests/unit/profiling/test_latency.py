@@ -14,8 +14,8 @@ from sslim.models.elastic import subnet_config
 from sslim.models.search_space import SearchSpace
 from sslim.nn.encoder import EncoderConfig, plain_blocks
 from sslim.nn.positions import ConvPositionsConfig
-from sslim.profiling import Conditions, LatencyTable, measure_latency
-from sslim.profiling.latency import compare, measure_whole, time_in_turns, varied_subnets
+from sslim.profiling import Conditions, LatencyTable, latency, measure_latency
+from sslim.profiling.latency import check_device, compare, measure_whole, time_in_turns, varied_subnets
 
 SPACE = SearchSpace(dims=(8, 16), num_heads=(1, 2), feedforward_ratios=(2.0, 3.0), num_layers=(1, 3))
 CONFIG = ModelConfig(
@@ -93,7 +93,7 @@ def test_threads_are_set_while_measuring_and_put_back() -> None:
     assert seen == [before] * 3  # one of them the warm-up
 
 
-def test_medians_over_rounds_in_changing_order() -> None:
+def test_rounds_change_their_order() -> None:
     now, order = 0.0, []
     durations = {"a": iter([9.0, 1.0, 2.0, 30.0]), "b": iter([9.0, 5.0, 5.0, 5.0])}
 
@@ -110,9 +110,59 @@ def test_medians_over_rounds_in_changing_order() -> None:
 
     pairs = {name: (Slow(name), torch.zeros(1)) for name in "ab"}
     times = time_in_turns(pairs, device="cpu", repeats=3, seed=1, clock=lambda: now)
-    assert times == pytest.approx({"a": 2.0, "b": 5.0})  # the warm-up of 9 does not count
+    assert times["a"] == pytest.approx([1.0, 2.0, 30.0])  # the warm-up of 9 does not count
+    assert times["b"] == pytest.approx([5.0, 5.0, 5.0])
     rounds = {tuple(order[i : i + 2]) for i in range(0, 8, 2)}
     assert rounds == {("a", "b"), ("b", "a")}
+
+
+def test_rounds_go_on_until_the_time_is_over() -> None:
+    now = 0.0
+
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            nonlocal now
+            now += 0.5
+            return x
+
+    def rounds(repeats: int, least_s: float) -> int:
+        pairs = {name: (Slow(), torch.zeros(1)) for name in "ab"}
+        return len(time_in_turns(pairs, device="cpu", repeats=repeats, least_s=least_s, clock=lambda: now)["a"])
+
+    assert rounds(3, 0.0) == 3
+    assert rounds(3, 2.0) == 3  # these take three seconds anyway
+    assert rounds(3, 7.5) == 7  # 1 s each, after one that warms up
+    with pytest.raises(ValueError, match="measured in 0 rounds; expected 1 or more"):
+        rounds(0, 1.0)
+
+
+def test_the_median_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounds(pairs: dict, **_: object) -> dict[str, list[float]]:
+        return {name: [9.0, float(i + 1), 0.1] for i, name in enumerate(pairs)}
+
+    monkeypatch.setattr(latency, "times_in_turns", rounds)
+    table = measure_latency(CONFIG, CONDITIONS)
+    assert list(table.parts.values()) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 9.0, 9.0]
+    assert table.machine["repeats"] == "3"
+    assert measure_whole({"it": subnet_config(CONFIG, "min")}, CONDITIONS) == {"it": 1.0}
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:one", "cuda:", "mps"])
+def test_devices_that_torch_is_not_asked_for_are_refused(name: str) -> None:
+    check_device("cpu")
+    with pytest.raises(ValueError, match=f"device is '{name}'; accepted are cpu, cuda and cuda:N"):
+        check_device(name)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda:1', but torch finds no GPU here"):
+        check_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_device("cuda:0")
+    with pytest.raises(ValueError, match="device is 'cuda:1', but torch finds 1 here"):
+        check_device("cuda:1")
 
 
 def test_a_biased_sum_is_corrected_by_a_line() -> None:

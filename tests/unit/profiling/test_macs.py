@@ -1,5 +1,6 @@
 """Counts of multiply-accumulates against torch's own counter and LightHuBERT's published shape of costs."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -8,13 +9,27 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sslim.frontends import ConvFrontendConfig, FilterbankConfig, MfccConfig, SpectralFrontendConfig, SpectrogramConfig
+from sslim.frontends import (
+    ConvFrontendConfig,
+    FilterbankConfig,
+    MfccConfig,
+    SpectralFrontendConfig,
+    SpectrogramConfig,
+    StftConfig,
+)
 from sslim.frontends.config import ConvLayerConfig, FeaturesConfig
 from sslim.models import ModelConfig, ProjectionConfig, build_model
 from sslim.models.elastic import subnet_config
 from sslim.models.search_space import LIGHTHUBERT_BASE, LIGHTHUBERT_SMALL, SearchSpace
 from sslim.nn.encoder import BlockConfig, EncoderConfig, LinearRanks, plain_blocks
-from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig, MaskEmbeddingConfig, RegressionHeadConfig, SplitHeadConfig
+from sslim.nn.heads import (
+    ClusterHeadConfig,
+    CodewordHeadConfig,
+    MaskEmbeddingConfig,
+    RegressionHeadConfig,
+    SpectrogramHeadConfig,
+    SplitHeadConfig,
+)
 from sslim.nn.positions import ConvPositionsConfig, SinusoidPositionsConfig
 from sslim.nn.relative_positions import RelativePositionsConfig
 from sslim.profiling import Macs, count_macs
@@ -119,11 +134,34 @@ def test_spectral_features_are_counted_but_for_their_transform(features: Feature
     assert macs.total - transform == counted(described, 11200)
 
 
+def test_centred_transforms_are_counted_by_bins_and_channels() -> None:
+    described = replace(
+        config(),
+        frontend=SpectralFrontendConfig(features=StftConfig(num_mel_bins=80), stack=3, stack_tail="drop"),
+        projection=ProjectionConfig(feature_dim=240),
+    )
+    macs = count_macs(described, seconds=0.7)
+    assert macs.num_frames == 71 // 3
+    assert macs.parts["frontend.transform"] == 71 * round(400 * math.log2(400))
+    assert macs.total - macs.parts["frontend.transform"] == counted(described, 11200)
+
+
+def test_frames_that_the_model_stacks_enter_fewer() -> None:
+    described = replace(config(), frontend=None, projection=ProjectionConfig(feature_dim=5, stack=3))
+    macs = count_macs(described, num_frames=32)
+    assert macs.num_frames == 10
+    assert macs.parts["projection"] == 10 * 15 * 24
+    assert macs.parts["layers.1.products"] == count_macs(config(), num_frames=10).parts["layers.1.products"]
+    with pytest.raises(ValueError, match="num_frames is 2; expected at least 3"):
+        count_macs(described, num_frames=2)
+
+
 HEADS = {
     "clusters": ClusterHeadConfig(num_clusters=11),
     "codewords": CodewordHeadConfig(num_clusters=11, codeword_dim=9),
     "regression": RegressionHeadConfig(output_dim=10),
     "split": SplitHeadConfig(num_tasks=2, hidden_dim=6, output_dim=10),
+    "spectrogram": SpectrogramHeadConfig(hidden_dim=6, output_dim=10),
 }
 
 

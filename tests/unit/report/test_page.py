@@ -247,11 +247,12 @@ def test_the_command_writes_the_page(run_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["nowhere"], "there is no such run, corpus or card"), (["."], "neither a run"), ([], "nothing to report"),
+    [(["nowhere"], "there is no such run, corpus or result file"), (["empty"], "neither a run"), ([], "nothing to report"),
      (["bad.json"], "row 0 is not one of a result card")],
 )  # fmt: skip
 def test_the_command_refuses_what_it_cannot_show(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "bad.json").write_text('{"task": "x", "rows": [{"model": "a"}]}', encoding="utf-8")
     assert cli.main(["report", *arguments]) == 2
     assert said in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sslim.report.pareto import FrontPoint, draw_front, read_points, with_accuracies
+from sslim.report.pareto import FrontPoint, draw_front, read_points, staircase, with_accuracies
 
 ROWS = [
     {"name": "front-1", "on_front": True, "loss": 2.0, "costs": {"params": 1e6, "macs": 2e9}, "measured_ms": 3.5},
@@ -61,6 +61,15 @@ def test_the_same_points_give_the_same_picture(folder: Path) -> None:
         draw_front(read_points(folder), folder / name, title="tiny")
     assert (folder / "a.svg").read_bytes() == (folder / "b.svg").read_bytes()
     assert "validation loss" in (folder / "a.svg").read_text()
+
+
+def test_the_line_of_a_front_of_two_costs_never_rises() -> None:
+    """Dearer in latency and worse, but smaller: on the front of both costs, and beside the line over latency."""
+    rows = [(10.0, 3.0, 9.0), (11.0, 1.0, 8.0), (12.0, 2.0, 1.0), (13.0, 0.5, 9.5)]
+    points = [FrontPoint(values={"latency_ms": a, "loss": b, "params": c}, on_front=True) for a, b, c in rows]
+    line = staircase(points, "latency_ms", "loss")
+    assert [point.values["latency_ms"] for point in line] == [10.0, 11.0, 13.0]
+    assert [point.values["params"] for point in staircase(points, "params", "loss")] == [1.0, 8.0, 9.5]
 
 
 def test_nothing_to_draw_and_nothing_to_read_are_errors(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sslim.training import OPTIMIZERS, OptimizerConfig, build_optimizer, load_optimizer_state
-from sslim.training.optimizers import save_optimizer_state
+from sslim.training.optimizers import save_optimizer_state, set_learning_rate
 
 
 def small_module() -> nn.Module:
@@ -101,3 +101,48 @@ def test_a_new_head_starts_without_moments(tmp_path: Path):
         load_optimizer_state(tmp_path, build_optimizer(other, OptimizerConfig()), other)
     with pytest.raises(ValueError, match=r"has no optimizer\.safetensors"):
         load_optimizer_state(tmp_path / "nowhere", fresh, grown)
+
+
+class Uneven(nn.Module):
+    """Learns one part and one bare parameter faster than the rest."""
+
+    def __init__(self, factors: dict[str, float]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.body2, self.factors = nn.Linear(3, 3), nn.Linear(3, 3), factors
+        self.scale = nn.Parameter(torch.ones(2, 2))
+
+    def learning_rate_factors(self) -> dict[str, float]:
+        return self.factors
+
+
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
+def test_parameters_with_their_own_learning_rate(kind: str, tmp_path: Path):
+    """The first update of Adam is the learning rate, whatever the gradient; decay is for the others alone."""
+    module = Uneven({"body": 10.0, "scale": 0.5})
+    config = OptimizerConfig(kind=kind, lr=0.01, weight_decay=0.5)  # type: ignore[arg-type]
+    optimizer = build_optimizer(module, config)
+    set_learning_rate(optimizer, 0.001)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 1e4)
+    optimizer.step()
+    moved = {name: (before[name] - p.detach()) for name, p in module.named_parameters()}
+    for name, expected in (("body.weight", 0.01), ("body.bias", 0.01), ("scale", 0.0005), ("body2.bias", 0.001)):
+        torch.testing.assert_close(moved[name], torch.full_like(moved[name], expected), atol=1e-6, rtol=1e-3)
+    decayed = 0.001 * 0.5 * before["body2.weight"] if kind == "adamw" else 0.0
+    torch.testing.assert_close(moved["body2.weight"], torch.full_like(before["body2.weight"], 0.001) + decayed)
+
+    save_optimizer_state(tmp_path, optimizer, module)
+    twin = Uneven({"body": 10.0, "scale": 0.5})
+    twin.load_state_dict(module.state_dict())
+    resumed = build_optimizer(twin, config)
+    assert load_optimizer_state(tmp_path, resumed, twin, strict=True) == []
+    for net, own in ((module, optimizer), (twin, resumed)):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, -3.0)
+        set_learning_rate(own, 0.002)
+        own.step()
+    assert all(a.equal(b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ValueError, match="learning_rate_factors names 'bod', which no trained parameter"):
+        build_optimizer(Uneven({"bod": 2.0}), config)

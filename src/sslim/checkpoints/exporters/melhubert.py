@@ -18,6 +18,7 @@ from sslim.checkpoints.importers.melhubert import ACTIVATIONS, FRAME_PERIODS_MS
 from sslim.checkpoints.importers.melhubert_names import foreign_name
 from sslim.models import ModelConfig, SpeechModel
 from sslim.models.melhubert import HEAD, MASK, melhubert_frontend
+from sslim.models.storage import INT8
 from sslim.nn.encoder import EncoderConfig, LinearRanks
 from sslim.nn.heads import ClusterHeadConfig, MaskEmbeddingConfig
 from sslim.nn.positions import ConvPositionsConfig, split_weight_norm
@@ -83,6 +84,8 @@ def _inexpressible(config: ModelConfig) -> str | None:
 
 def _inexpressible_ends(config: ModelConfig) -> str | None:
     width, projection = config.projection.feature_dim, config.projection
+    if config.storage in INT8:
+        return f"its weights are stored as {config.storage}: export the model before that"
     if projection.norm:
         return "it has a norm before the input projection"
     if projection.linear == (width == config.encoder.dim):

@@ -21,6 +21,7 @@ from torch import Tensor
 from sslim.checkpoints.importers import Imported, huggingface, wavlm_names
 from sslim.checkpoints.importers.conv_layers import parse_conv_layers
 from sslim.checkpoints.importers.fairseq_names import rename, tensors_of, translate
+from sslim.checkpoints.importers.hubert import padding_note
 from sslim.checkpoints.importers.settings import Settings, plain, short
 from sslim.checkpoints.restricted_pickle import CheckpointError
 from sslim.frontends import ConvFrontendConfig, ConvLayerConfig
@@ -69,7 +70,8 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
     dropped = _unused(weights, config, wavlm=REMAINING_HEADS in contents[SETTINGS])
     table = huggingface.names(final_norm=config.encoder.final_norm) | _CLASSIC | _OWN | wavlm_names.NAMES
     state = rename(weights, source, lambda name: translate(_short_name(name), table), what="a DPHuBERT", dropped=dropped)
-    notes: dict[str, Any] = {"settings": plain(contents[SETTINGS])}
+    assert isinstance(config.frontend, ConvFrontendConfig)
+    notes: dict[str, Any] = {"settings": plain(contents[SETTINGS]), "padding": padding_note(config.frontend)}
     if dropped:
         notes["dropped"] = dropped
     heads, maps = _distillation(contents.get(MAPS), config.encoder.num_layers, source, notes)

@@ -72,6 +72,7 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
     notes = _notes(contents, upstream)
     if masked:
         notes["masked_weights"] = masked
+        notes["masked_biases"] = any(name.endswith("bias_mask") for name in weights)
     config = _Shapes(state, settings, source).model_config(contents, notes)
     return Imported(config=config, state=state, notes=notes)
 

@@ -1,0 +1,161 @@
+"""``sslim compress METHOD`` from end to end on a made corpus: cuts, trains again, goes on, and says what was bought."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sslim
+from sslim.cli import main
+from sslim.data.corpus import Corpus
+from sslim.data.prepare import prepare
+from sslim.data.sources import Source, SourceUtterance
+from sslim.frontends import NormalizationConfig
+from sslim.models import build_model
+from sslim.models.melhubert import melhubert, melhubert_frontend
+from sslim.training import read_metrics
+
+SMALL = {"num_layers": 3, "dim": 32, "num_heads": 4, "feedforward_dim": 64, "conv_kernel_size": 16, "conv_groups": 4}
+TRAIN = ("--recover-steps", "30", "--learning-rate", "1e-3", "--batch-s", "8")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Features whose loud bands change every 200 ms."""
+
+    def read(i: int) -> np.ndarray:
+        rng = np.random.default_rng(i)
+        bands = np.repeat(rng.integers(0, 6, 12), 20)[: 120 + 20 * (i % 7)]
+        return (rng.normal(0, 0.5, (len(bands), 40)) + 4 * (np.arange(40) // 7 == bands[:, None])).astype(np.float32)
+
+    utterances = [SourceUtterance(id=f"utt{i}", read_features=lambda i=i: read(i)) for i in range(24)]  # type: ignore[misc]
+    source = Source(name="made", utterances=utterances, num_utterances=24, frontend=melhubert_frontend(10))
+    return prepare(source, tmp_path_factory.mktemp("compress") / "corpus").corpus
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = melhubert(dropout=0.0, **SMALL)  # type: ignore[arg-type]
+    assert config.frontend is not None
+    frontend = replace(config.frontend, normalization=NormalizationConfig(kind="utterance", eps=1e-3))
+    made = build_model(replace(config, frontend=frontend, heads={}), torch.Generator().manual_seed(5))
+    for block in made.encoder.blocks:  # so that layers differ clearly
+        for parameter in block.parameters():
+            parameter.data *= 4.0
+    folder = tmp_path_factory.mktemp("compress") / "model"
+    sslim.save_model(made, folder)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return main(["compress", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("heads", "--keep", "0.5", "--score", "data"),
+        ("rows", "--keep", "0.25", "--scope", "model", "--score", "data"),
+        ("width", "--keep", "0.5", "--rounds", "2"),
+        ("depth", "--num-layers", "2"),
+        ("sharing", "--num-blocks", "1"),
+        ("low-rank", "--params", "0.6", "--whiten"),
+        ("weights", "--sparsity", "0.8"),
+    ],
+    ids=lambda method: method[0],
+)
+def test_training_recovers_what_a_cut_lost(
+    corpus: Corpus, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    assert run(method[0], model, *method[1:], "--corpus", corpus.path, "--output", out, *TRAIN) == 0
+    rounds = sorted(path for path in out.iterdir() if path.name[0] == "0")
+    losses = [r["loss"] for r in read_metrics(rounds[-1] / "recovery" / "metrics.jsonl", kind="train")]
+    assert losses[-1] < losses[0]
+    small, whole = sslim.load_model(out / "model"), sslim.load_model(model)
+    rows = json.loads((out / "compression.json").read_text())["rows"]
+    assert rows[-1]["num_nonzero"] < 0.9 * rows[0]["num_nonzero"]
+    cuts = ["rows", "heads"] if method[0] == "width" else [method[0]]
+    assert [entry["step"] for entry in small.provenance] == [*cuts, "distil"] * len(rounds)
+    assert small.num_parameters() <= whole.num_parameters()
+    said = capsys.readouterr()
+    assert ("zeros are multiplied" in said.out) is (method[0] == "weights")
+    if method[0] == "weights":
+        pruned = sslim.load_model(rounds[0] / "cut").state_dict()
+        zeros = {name: tensor == 0 for name, tensor in pruned.items() if name.endswith(("up.weight", "query.weight"))}
+        assert all((small.state_dict()[name][mask] == 0).all() for name, mask in zeros.items())
+        assert any((small.state_dict()[name] != pruned[name]).any() for name in zeros)  # the control: the others moved
+
+
+def test_a_killed_pipeline_goes_on_to_the_same_model(corpus: Corpus, model: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        '[recover]\nsteps = 60\nbatch_s = 8.0\n[[step]]\nmethod = "heads"\nkeep = 0.5\n[[step]]\nmethod = "rows"\nkeep = 0.5\n'
+    )
+    arguments = [str(plan), str(model), "--corpus", str(corpus.path), "--output"]
+    assert run(*arguments, tmp_path / "whole") == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sslim", "compress", *arguments, str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    recovery = tmp_path / "killed" / "02-rows" / "recovery"
+    deadline = time.monotonic() + 90
+    while not (recovery / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert recovery.exists()
+    assert not (tmp_path / "killed" / "model").exists()
+    assert run(*arguments, tmp_path / "killed") == 0
+    expected, found = (sslim.load_model(tmp_path / name / "model").state_dict() for name in ("whole", "killed"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_labels_train_by_masked_prediction(corpus: Corpus, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus.path, tmp_path / "corpus")
+    assert main(["cluster", str(tmp_path / "corpus"), "--clusters", "6", "--name", "six"]) == 0
+    settings = ("--corpus", tmp_path / "corpus", "--output", tmp_path / "out", "--labels", "six", *TRAIN)
+    assert run("rows", model, "--keep", "0.5", *settings) == 0
+    losses = [r["masked_loss"] for r in read_metrics(tmp_path / "out" / "01-rows" / "recovery" / "metrics.jsonl", kind="train")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("heads", "{model}", "--output", "out"), "keep"),
+        (("heads", "{model}", "--keep", "2", "--output", "out"), "keep is 2"),
+        (("heads", "{model}", "--keep", "0.5", "--recover-steps", "5", "--output", "out"), "name a corpus with --corpus"),
+        (("heads", "{model}", "--keep", "0.5", "--loss", "layers", "--output", "out"), "--recover-steps"),
+        (("heads", "nowhere", "--keep", "0.5", "--output", "out"), "nowhere"),
+        (("rows", "{model}", "--budget", "params=1", "--output", "out"), "more than the budget"),
+        (("rows", "{model}", "--budget", "params=1k", "--keep", "0.5", "--output", "out"), "both a budget and keep"),
+        (("plan.toml", "{model}", "--output", "out"), "plan.toml"),
+        (("hads", "{model}"), "did you mean 'heads'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*(part.format(model=model) for part in arguments)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sslim")]
+    assert len(said) == 1
+    assert complaint in said[0]
+    assert not (tmp_path / "out" / "model").exists()
