@@ -86,8 +86,7 @@ def test_training_recovers_what_a_cut_lost(
     small, whole = sslim.load_model(out / "model"), sslim.load_model(model)
     rows = json.loads((out / "compression.json").read_text())["rows"]
     assert rows[-1]["num_nonzero"] < 0.9 * rows[0]["num_nonzero"]
-    cuts = ["rows", "heads"] if method[0] == "width" else [method[0]]
-    assert [entry["step"] for entry in small.provenance] == [*cuts, "distil"] * len(rounds)
+    assert [entry["step"] for entry in small.provenance] == [method[0], "distil"] * len(rounds)
     assert small.num_parameters() <= whole.num_parameters()
     said = capsys.readouterr()
     assert ("zeros are multiplied" in said.out) is (method[0] == "weights")
@@ -122,22 +121,48 @@ def test_a_killed_pipeline_goes_on_to_the_same_model(corpus: Corpus, model: Path
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_labels_train_by_masked_prediction(corpus: Corpus, model: Path, tmp_path: Path) -> None:
+def test_labels_train_by_masked_prediction_and_then_score(
+    corpus: Corpus, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(corpus.path, tmp_path / "corpus")
     assert main(["cluster", str(tmp_path / "corpus"), "--clusters", "6", "--name", "six"]) == 0
-    settings = ("--corpus", tmp_path / "corpus", "--output", tmp_path / "out", "--labels", "six", *TRAIN)
-    assert run("rows", model, "--keep", "0.5", *settings) == 0
-    losses = [r["masked_loss"] for r in read_metrics(tmp_path / "out" / "01-rows" / "recovery" / "metrics.jsonl", kind="train")]
+    settings = ("--corpus", tmp_path / "corpus", "--labels", "six")
+    out = tmp_path / "out"
+    assert run("rows", model, "--keep", "0.5", "--score", "data", "--output", out, *settings, *TRAIN) == 0
+    losses = [r["masked_loss"] for r in read_metrics(out / "01-rows" / "recovery" / "metrics.jsonl", kind="train")]
     assert losses[-1] < losses[0]
+    assert "the model has no head over clusters and the labels are of 6" in " ".join(capsys.readouterr().err.split())
+    trained = sslim.load_model(out / "model")
+    assert "masked_prediction" in trained.config.heads
+    assert trained.provenance[0]["calibration"] == {"corpus": "made", "num_utterances": 24, "labels": None}
+    by_labels, by_itself = tmp_path / "labels", tmp_path / "itself"  # now it has a head, and labels change the scores
+    assert run("rows", out, "--keep", "0.5", "--score", "data", "--output", by_labels, *settings) == 0
+    assert run("rows", out, "--keep", "0.5", "--score", "data", "--output", by_itself, *settings[:2]) == 0
+    notes = [sslim.load_model(folder / "model").provenance[-1] for folder in (by_labels, by_itself)]
+    assert [note["calibration"]["labels"] for note in notes] == ["six", None]
+    assert notes[0]["kept_units"] != notes[1]["kept_units"]
+
+
+def test_none_is_not_the_default(model: Path, tmp_path: Path) -> None:
+    common = ("heads", model, "--keep", "0.5", "--scope", "model", "--output")
+    assert run(*common, tmp_path / "default") == 0
+    assert run(*common, tmp_path / "none", "--normalize", "None") == 0
+    notes = [sslim.load_model(tmp_path / name / "model").provenance[-1]["normalize"] for name in ("default", "none")]
+    assert notes == [2.0, None]
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("heads", "{model}", "--output", "out"), "keep"),
+        (("heads", "{model}", "--output", "out"), "give one of keep, num_kept, a budget"),
         (("heads", "{model}", "--keep", "2", "--output", "out"), "keep is 2"),
         (("heads", "{model}", "--keep", "0.5", "--recover-steps", "5", "--output", "out"), "name a corpus with --corpus"),
         (("heads", "{model}", "--keep", "0.5", "--loss", "layers", "--output", "out"), "--recover-steps"),
+        (("heads", "{model}", "--keep", "0.5", "--labels", "six", "--output", "out"), "--labels is for training"),
+        (("heads", "{model}", "--keep", "0.5", "--precision", "bf16", "--output", "out"), "--precision is for training"),
+        (("heads", "{model}", "--num-kept", "2", "--budget", "params=1k", "--output", "out"), "both a budget and num_kept"),
+        (("width", "{model}", "--output", "out"), "nothing says how much width removes: give one of keep, a budget"),
+        (("low-rank", "{model}", "--ratio", "0.5", "--params", "0.5", "--output", "out"), "ratio and params"),
         (("heads", "nowhere", "--keep", "0.5", "--output", "out"), "nowhere"),
         (("rows", "{model}", "--budget", "params=1", "--output", "out"), "more than the budget"),
         (("rows", "{model}", "--budget", "params=1k", "--keep", "0.5", "--output", "out"), "both a budget and keep"),

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from sslim.recipes.recovery import RecoveryConfig
 
 
+TABLE_WIDTH = 130  # in a narrower terminal lines wrap, but no figure is cut
+CAN_BE_NONE = ("normalize",)  # settings whose None says something else than their default
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressionOptions:
     """Options of every cutting method."""
@@ -21,7 +25,7 @@ class CompressionOptions:
     model: tyro.conf.Positional[Path]
     """Model folder, run folder or foreign checkpoint."""
     output: Path
-    """Folder for cut models, training runs, the table of what was bought, and at the end model/."""
+    """Folder for cut models, training runs, the table of what was bought, and at the end model/ and model-card.md."""
     corpus: Path | None = None
     """Folder made by `sslim prepare`, for scores that look at speech and for training after the cut."""
     rounds: int = 1
@@ -29,7 +33,7 @@ class CompressionOptions:
     recover_steps: int | None = None
     """Train after every cut for so many steps; without this and --recover-minutes nothing is trained."""
     recover_minutes: float | None = None
-    """Stop that training after this long."""
+    """Stop that training after this long, or after --recover-steps (2,000 when not given)."""
     loss: str | None = None
     """layers (from the model before the cut, the default), prediction (of --labels), or a loss of `compress distil`."""
     labels: str | None = None
@@ -44,8 +48,8 @@ class CompressionOptions:
     """Utterances that data scores look at."""
     seconds: float = 10.0
     """Length of audio that MACs and latency hold for."""
-    threads: int = 1
-    """Threads that latency is measured with, and torch's own while training."""
+    threads: int = 0
+    """Threads that latency is measured with (0: one), and torch's own while training (0: its own choice)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     seed: int = 0
@@ -60,8 +64,7 @@ class CompressionOptions:
         from sslim.recipes.recovery import LAYERS, PREDICTION, RecoveryConfig
 
         if self.recover_steps is None and self.recover_minutes is None:
-            if self.loss is not None or self.learning_rate is not None:
-                raise ValueError("--loss and --learning-rate belong to training after the cut: ask for it with --recover-steps")
+            self._check_nothing_is_trained()
             return None
         chosen = self.loss or (LAYERS if self.labels is None else PREDICTION)
         given = {"steps": self.recover_steps, "learning_rate": self.learning_rate, "batch_s": self.batch_s}
@@ -75,13 +78,24 @@ class CompressionOptions:
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
 
+    def _check_nothing_is_trained(self) -> None:
+        """Refuses options that would do nothing without training."""
+        given = [name for name in ("loss", "learning_rate", "batch_s") if getattr(self, name) is not None]
+        given += ["precision"] if self.precision != "fp32" else []
+        given += ["labels"] if self.labels is not None and getattr(self, "score", None) != "data" else []
+        if given:
+            told = " or for --score data" if given[0] == "labels" and hasattr(self, "score") else ""
+            raise ValueError(
+                f"--{given[0].replace('_', '-')} is for training after the cut{told}: ask for it with --recover-steps"
+            )
+
     def pipeline(self, method: str, settings: dict[str, Any], budget: str | None = None) -> Pipeline:
-        """Returns the pipeline of one step that the command line describes."""
+        """Returns the pipeline of one step that the command line describes; a setting that is None has its default."""
         from sslim.recipes.pipeline import StepConfig
 
         step = StepConfig(
             method=method,
-            settings={name: value for name, value in settings.items() if value is not None},
+            settings={name: value for name, value in settings.items() if value is not None or name in CAN_BE_NONE},
             rounds=self.rounds,
             budget=budget,
             recover=self.recovery(),
@@ -90,14 +104,16 @@ class CompressionOptions:
 
     def pipeline_of(self, step: StepConfig) -> Pipeline:
         """Returns the pipeline of a step, with the speech and the conditions that the command line describes."""
+        from sslim.compress.methods import METHODS
         from sslim.profiling import Conditions
         from sslim.recipes.calibration import CalibrationConfig
         from sslim.recipes.pipeline import Pipeline
 
+        labels = self.labels if step.recover is None and step.method in METHODS else None
         return Pipeline(
             steps=(step,),
-            calibration=CalibrationConfig(num_utterances=self.calibration_utterances, seed=self.seed),
-            conditions=Conditions(seconds=self.seconds, threads=self.threads),
+            calibration=CalibrationConfig(num_utterances=self.calibration_utterances, seed=self.seed, labels=labels),
+            conditions=Conditions(seconds=self.seconds, threads=self.threads or 1),
         )
 
 
@@ -112,14 +128,19 @@ def run_pipeline(pipeline: Pipeline, model: Path, corpus: Path | None, output: P
     from rich.console import Console
 
     from sslim.recipes.compression_table import printed_table
+    from sslim.recipes.model_card import CARD
     from sslim.recipes.pipeline import compress
 
     if threads:
         torch.set_num_threads(threads)
     console = Console(stderr=True, highlight=False)
-    interrupted = compress(pipeline, model, corpus, output, say=lambda text: console.print(text, soft_wrap=True))
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
+    interrupted = compress(pipeline, model, corpus, output, say=say)
     if interrupted is not None:
         print(f"stopped at step {interrupted.step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(interrupted.exit_code)
-    Console(width=110, highlight=False).print(printed_table(output))
-    console.print(f"model: {output / 'model'}   next: sslim profile {output / 'model'} --baseline {model}", soft_wrap=True)
+    Console(width=TABLE_WIDTH, highlight=False).print(printed_table(output))
+    say(f"model: {output / 'model'}   its card: {output / CARD}   next: sslim profile {output / 'model'} --baseline {model}")

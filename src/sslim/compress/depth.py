@@ -11,7 +11,7 @@ measured in the model that the ones before it left.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -91,17 +91,35 @@ def prune_depth(model: SpeechModel, settings: DepthPruning, calibration: Calibra
     Raises:
         ValueError: No calibration speech, more layers than there are, or angles that are not finite.
     """
-    if calibration is None:
-        raise ValueError("layers are chosen by what they do to speech, but there is no calibration speech: name a corpus")
-    num_dropped = model.num_layers - _num_kept(settings, model.num_layers)
-    was_training = model.training
-    try:
-        chosen = _CHOICES[settings.choose](model.eval(), calibration.features, num_dropped)
-    finally:
-        model.train(was_training)
-    whole = Units.full(model.config.encoder)
-    units = replace(whole, depths=tuple(depth for depth in whole.depths if depth not in chosen))
-    return cut(model, units, {"step": "depth", **to_plain(settings), "removed_depths": chosen})
+    chosen = _chosen(model, settings, calibration, model.num_layers - _num_kept(settings, model.num_layers))
+    return cut(model, _without(model.config, chosen), {"step": "depth", **to_plain(settings), "removed_depths": chosen})
+
+
+def depth_left(
+    model: SpeechModel, settings: DepthPruning, calibration: Calibration | None = None
+) -> Callable[[float], ModelConfig]:
+    """Returns what :func:`prune_depth` leaves for any share of the layers; no layer is measured twice.
+
+    Args:
+        model: Any model.
+        settings: How layers are chosen; their ``keep`` and ``num_layers`` do not count.
+        calibration: Speech whose features the layers are measured on.
+
+    Raises:
+        ValueError: As :func:`prune_depth`; the function that is returned, too.
+    """
+    known: dict[int, list[int]] = {}
+    if settings.choose == "greedy":  # what goes first goes first, however many go
+        order = _chosen(model, settings, calibration, model.num_layers - 1)
+        known = {number: order[:number] for number in range(model.num_layers)}
+
+    def left(keep: float) -> ModelConfig:
+        number = model.num_layers - share_of(keep, model.num_layers)
+        if number not in known:
+            known[number] = _chosen(model, settings, calibration, number)
+        return slice_model_config(model.config, _without(model.config, known[number]))
+
+    return left
 
 
 def depth_config(config: ModelConfig, settings: DepthPruning) -> ModelConfig:
@@ -128,6 +146,21 @@ def _angles(before: Tensor, after: Tensor) -> Tensor:
     """Angle between rows as a share of a half turn; by arctangent, which is exact for small angles as arccosine is not."""
     before, after = (x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30) for x in (before, after))
     return 2 / math.pi * torch.atan2((before - after).norm(dim=-1), (before + after).norm(dim=-1))
+
+
+def _chosen(model: SpeechModel, settings: DepthPruning, calibration: Calibration | None, num_dropped: int) -> list[int]:
+    if calibration is None:
+        raise ValueError("layers are chosen by what they do to speech, but there is no calibration speech: name a corpus")
+    was_training = model.training
+    try:
+        return _CHOICES[settings.choose](model.eval(), calibration.features, num_dropped)
+    finally:
+        model.train(was_training)
+
+
+def _without(config: ModelConfig, dropped: Sequence[int]) -> Units:
+    whole = Units.full(config.encoder)
+    return replace(whole, depths=tuple(depth for depth in whole.depths if depth not in dropped))
 
 
 def _num_kept(settings: DepthPruning, num_layers: int) -> int:

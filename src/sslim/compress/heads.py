@@ -8,7 +8,7 @@ ones included; and what is left keeps its original numbers through all rounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -85,10 +85,34 @@ def prune_heads(model: SpeechModel, settings: HeadPruning, calibration: Calibrat
     _check_number(settings, counts)
     kept = _choose(_scores(model, settings, calibration), settings)
     _check_independence(model.config.encoder.blocks, kept)
-    original = origins(model).heads
-    removed = [[ids[h] for h in range(len(ids)) if h not in part] for ids, part in zip(original, kept, strict=True)]
     units = replace(Units.full(model.config.encoder), heads=kept)
-    return cut(model, units, {"step": "heads", **to_plain(settings), "removed_heads": removed})
+    return cut(model, units, {"step": "heads", **to_plain(settings), "removed_heads": removed_heads(model, kept)})
+
+
+def heads_kept(model: SpeechModel, settings: HeadPruning, calibration: Calibration | None = None) -> Callable[[float], Chosen]:
+    """Returns which heads of each block :func:`prune_heads` keeps for any share; the model is looked at once.
+
+    Args:
+        model: Any model.
+        settings: Scope and scores; their ``keep`` and ``num_kept`` do not count.
+        calibration: Speech with a loss, for the score ``data``.
+
+    Raises:
+        ValueError: As :func:`prune_heads`; the function that is returned, too.
+    """
+    scores, blocks = _scores(model, settings, calibration), model.config.encoder.blocks
+
+    def kept(keep: float) -> Chosen:
+        chosen = _choose(scores, replace(settings, keep=keep, num_kept=None))
+        _check_independence(blocks, chosen)
+        return chosen
+
+    return kept
+
+
+def removed_heads(model: SpeechModel, kept: Chosen) -> list[list[int]]:
+    """Returns the original numbers of each block's heads that are not among those kept, for the provenance."""
+    return [[ids[h] for h in range(len(ids)) if h not in part] for ids, part in zip(origins(model).heads, kept, strict=True)]
 
 
 def heads_config(config: ModelConfig, settings: HeadPruning) -> ModelConfig:

@@ -114,17 +114,8 @@ def factorize(model: SpeechModel, settings: LowRank, calibration: Calibration | 
         ValueError: A quantised model, no calibration speech for ``whiten``, a budget below what rank 1 leaves, or weights or
             speech that are not finite.
     """
-    require_float(model)
-    if settings.whiten and calibration is None:
-        raise ValueError("whitened factors need calibration speech, but there is none: name a corpus, or leave out whiten")
     maps = maps_of(model.config.encoder, settings.maps)
-    seen: dict[Watched, Moments] = {}
-    if settings.whiten and calibration is not None:
-        seen = gather_moments(model, {_watched(part) for part in maps}, calibration)
-
-    def spectrum(part: Map) -> Spectrum:  # not kept: in float64 all of them together are twice the model and more
-        return _spectrum(model, part, seen.get(_watched(part)))
-
+    spectrum = _spectra(model, settings, maps, calibration)
     ranks = _ranks(model.config, settings, maps, lambda part: spectrum(part).energies)
     state, left = dict(model.state_dict()), [1.0] * len(maps)
     for number, (part, rank) in enumerate(zip(maps, ranks, strict=True)):
@@ -138,6 +129,37 @@ def factorize(model: SpeechModel, settings: LowRank, calibration: Calibration | 
     small.load_state_dict(state, strict=True)
     small.provenance.append({"step": "low-rank", **to_plain(settings), **_note(maps, ranks, left)})
     return small.eval()
+
+
+def low_rank_left(
+    model: SpeechModel, settings: LowRank, calibration: Calibration | None = None
+) -> Callable[[float], ModelConfig]:
+    """Returns what :func:`factorize` leaves for any share of the parameters; every map is taken apart once.
+
+    Args:
+        model: Any model.
+        settings: Maps and directions; their ``ratio``, ``energy`` and ``params`` do not count.
+        calibration: Speech for ``whiten``.
+
+    Raises:
+        ValueError: As :func:`factorize`; the function that is returned, too.
+    """
+    maps = maps_of(model.config.encoder, settings.maps)
+    spectrum = _spectra(model, settings, maps, calibration)
+    energies = {part: spectrum(part).energies for part in maps}
+
+    def left(params: float) -> ModelConfig:
+        chosen = replace(settings, ratio=None, energy=None, params=params)
+        return _with_ranks(model.config, maps, _ranks(model.config, chosen, maps, energies.__getitem__))
+
+    return left
+
+
+def least_share(config: ModelConfig, settings: LowRank) -> float:
+    """Returns the smallest ``params`` that :func:`factorize` can leave: rank 1 everywhere that settings allow."""
+    least, whole = _least_parameters(config, maps_of(config.encoder, settings.maps)), count_parameters(config, with_heads=False)
+    share = least / whole
+    return share if int(share * whole) >= least else math.nextafter(share, 1.0)
 
 
 def low_rank_config(config: ModelConfig, settings: LowRank) -> ModelConfig:
@@ -215,6 +237,19 @@ def decompose(weight: Tensor, bias: Tensor, moments: Moments | None = None) -> S
     )
 
 
+def _spectra(
+    model: SpeechModel, settings: LowRank, maps: Sequence[Map], calibration: Calibration | None
+) -> Callable[[Map], Spectrum]:
+    """Takes maps apart one by one. Nothing is kept: in float64 all of them together are twice the model and more."""
+    require_float(model)
+    if settings.whiten and calibration is None:
+        raise ValueError("whitened factors need calibration speech, but there is none: name a corpus, or leave out whiten")
+    seen: dict[Watched, Moments] = {}
+    if settings.whiten and calibration is not None:
+        seen = gather_moments(model, {_watched(part) for part in maps}, calibration)
+    return lambda part: _spectrum(model, part, seen.get(_watched(part)))
+
+
 def _spectrum(model: SpeechModel, part: Map, moments: Moments | None) -> Spectrum:
     module = model.get_submodule(_path(part))
     assert isinstance(module, nn.Linear | FactoredLinear)
@@ -255,14 +290,19 @@ def _ranks(
     assert settings.params is not None
     whole = count_parameters(config, with_heads=False)
     fixed = whole - sum(part.size(part.rank) for part in maps)
-    least = fixed + sum(min(part.size(1), part.size(part.form)) for part in maps)
-    budget = int(settings.params * whole)
+    least, budget = _least_parameters(config, maps), int(settings.params * whole)
     if least > budget:
         raise ValueError(
             f"params is {settings.params}, but rank 1 everywhere leaves {least:,} of {whole:,} parameters; expected at least "
             f"{math.ceil(1000 * least / whole) / 1000:g}"
         )
     return ranks_within(maps, [_shares(energies(part)) for part in maps], budget - fixed)
+
+
+def _least_parameters(config: ModelConfig, maps: Sequence[Map]) -> int:
+    """Parameters without heads when every map is as thin as it can be."""
+    saved = sum(part.size(part.rank) - min(part.size(1), part.size(part.form)) for part in maps)
+    return count_parameters(config, with_heads=False) - saved
 
 
 def _rank_for(share: float, energies: Tensor) -> int:

@@ -8,7 +8,7 @@ whatever model it is given; widths are those of the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -85,9 +85,23 @@ def prune_rows(model: SpeechModel, settings: RowPruning, calibration: Calibratio
         ValueError: A number of units that the model cannot keep, data scores without a loss, or scores that are not finite.
     """
     _check_number(settings, [block.feedforward_dim for block in model.config.encoder.blocks])
-    scores = unit_sensitivities(model, calibration) if settings.score == "data" else unit_weights(model)
-    units = replace(Units.full(model.config.encoder), feedforward=_choose(scores, settings))
+    units = replace(Units.full(model.config.encoder), feedforward=_choose(_scores(model, settings, calibration), settings))
     return cut(model, units, {"step": "rows", **to_plain(settings)})
+
+
+def rows_kept(model: SpeechModel, settings: RowPruning, calibration: Calibration | None = None) -> Callable[[float], Chosen]:
+    """Returns which units of each block :func:`prune_rows` keeps for any share; the model is looked at once.
+
+    Args:
+        model: Any model.
+        settings: Scope, scores and multiples; their ``keep`` and ``num_kept`` do not count.
+        calibration: Speech with a loss, for the score ``data``.
+
+    Raises:
+        ValueError: Data scores without a loss, or scores that are not finite.
+    """
+    scores = _scores(model, settings, calibration)
+    return lambda keep: _choose(scores, replace(settings, keep=keep, num_kept=None))
 
 
 def rows_config(config: ModelConfig, settings: RowPruning) -> ModelConfig:
@@ -116,6 +130,10 @@ def rows_config(config: ModelConfig, settings: RowPruning) -> ModelConfig:
     even = tuple(-torch.arange(count, dtype=torch.float64) for count in counts)
     kept = _choose(even, replace(settings, normalize=None))
     return slice_model_config(config, replace(Units.full(config.encoder), feedforward=kept))
+
+
+def _scores(model: SpeechModel, settings: RowPruning, calibration: Calibration | None) -> Scores:
+    return unit_sensitivities(model, calibration) if settings.score == "data" else unit_weights(model)
 
 
 def _choose(scores: Scores, settings: RowPruning) -> Chosen:

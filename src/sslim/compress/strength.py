@@ -1,99 +1,242 @@
 """How strongly to compress: the largest model that a method leaves within a budget.
 
-Costs grow with the share that is kept, so the share is found by halving an interval. Every candidate is really cut, and for a
-budget of latency really timed: no formula stands between the budget and the machine.
+Costs grow with the share that is kept. Parameters and MACs follow from a description, so the share is found by halving an
+interval, and nothing is cut on the way. Latency is measured: no formula stands between the budget and the machine. As other
+load changes a machine's speed from minute to minute, every candidate is timed in turns with the model before the cut, and what
+was chosen is measured again before it is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
-from sslim.compress.budgets import UNITS, Budget
-from sslim.models import SpeechModel
+from sslim.compress.budgets import UNITS, Budget, amount
+from sslim.models import ModelConfig
+from sslim.models.elastic import count_parameters
 from sslim.profiling import Conditions, count_macs
-from sslim.profiling.latency import measure_whole
+from sslim.profiling.latency import time_whole
 
-HALVINGS = 9  # the share to 1/512 of its range
+HALVINGS = 16  # the share to 1/65,536 of its range: a unit of 12 layers of 3,072
+LOOKS = 12  # measurements of latency at most
+AIM, NEAR = 0.98, 0.95  # shares of a budget of latency: what is aimed at, and what is taken
+GRID = 32  # shares between two models that are tried for a third
+ROUNDS, LEAST_S = 9, 1.0  # of a measurement
+
+Plan = Callable[[float], ModelConfig]  # share kept to description
+TimeInTurns = Callable[[Mapping[str, ModelConfig]], Mapping[str, Sequence[float]]]  # name to milliseconds of every round
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search for a strength gave.
+    """A share and what it leaves.
 
     Attributes:
         keep: Share kept.
-        model: The model cut that much.
+        config: Description of the model that is left.
         cost: Its cost, in the budget's unit.
     """
 
     keep: float
-    model: SpeechModel
+    config: ModelConfig
     cost: float
 
 
-def model_cost(model: SpeechModel, name: str, conditions: Conditions, *, repeats: int = 15) -> float:
-    """Returns what a model costs: parameters without heads, MACs of a second of audio, or measured milliseconds.
+def size_of(config: ModelConfig, name: str, conditions: Conditions) -> float:
+    """Returns what a model costs wherever it runs.
 
     Args:
-        model: The model.
-        name: ``params``, ``macs`` or ``latency_ms``.
-        conditions: Length of the audio, batch and threads that MACs and latency hold for.
-        repeats: Rounds of a latency measurement; the median counts.
+        config: The model.
+        name: ``params`` (without heads) or ``macs`` (of a second of audio).
+        conditions: Length of the audio that MACs hold for.
 
     Raises:
-        ValueError: MACs or latency of a model without a front-end, whose features have no length in seconds.
+        ValueError: MACs of a model without a front-end, whose features have no length in seconds.
     """
     if name == "params":
-        return float(model.num_parameters(with_heads=False))
-    if name == "macs":
-        return count_macs(model.config, seconds=conditions.seconds).per_second
-    return measure_whole({"model": model.config}, conditions, repeats=repeats)["model"]
+        return float(count_parameters(config, with_heads=False))
+    return count_macs(config, seconds=conditions.seconds).per_second
 
 
-def keep_for_budget(
-    cut: Callable[[float], SpeechModel],
-    budget: Budget,
-    cost: Callable[[SpeechModel], float],
-    *,
-    least: float,
-    say: Callable[[str], None] = lambda _: None,
+def within_size(
+    plan: Plan, budget: Budget, cost: Callable[[ModelConfig], float], *, least: float, say: Callable[[str], None]
 ) -> Found:
     """Finds the largest share kept whose model is within a budget.
 
     Args:
-        cut: Share kept, from ``least`` to 1, to model; larger shares never cost less.
-        budget: Its maximum counts.
-        cost: Model to cost.
+        plan: Share kept, from ``least`` to 1, to description; larger shares hardly ever cost less.
+        budget: What the model may cost.
+        cost: Description to cost.
         least: Smallest share that the method can keep.
-        say: Told every candidate.
+        say: Told what was found.
 
     Raises:
-        ValueError: Even the smallest model costs more.
+        ValueError: Even the smallest model costs more, or the largest one within the maximum less than the minimum.
     """
-    unit = UNITS[budget.name]
 
-    def candidate(keep: float) -> Found:
-        model = cut(keep)
-        found = Found(keep=keep, model=model, cost=cost(model))
-        say(f"keeping {keep:.3f}: {found.cost:,.4g} {unit}")
+    def look(keep: float) -> Found:
+        config = plan(keep)
+        return Found(keep=keep, config=config, cost=cost(config))
+
+    best, high = look(1.0), 1.0
+    if best.cost > budget.maximum:
+        best = look(least)
+        _check_reachable(best, budget)
+        for _ in range(HALVINGS):
+            found = look((best.keep + high) / 2)
+            if found.cost <= budget.maximum:
+                best = found
+            else:
+                high = found.keep
+    _check_minimum(best, budget)
+    say(f"keeping {best.keep:.4f}: {_told(best, budget)}")
+    return best
+
+
+@dataclass(kw_only=True)
+class Stopwatch:
+    """Latency of models, each timed in turns with one and the same other.
+
+    What a model takes is the median over rounds of its ratio to the reference in the same round, times the median of the
+    reference over all rounds so far: load that comes and goes meets both alike.
+
+    Attributes:
+        reference: Description of the model before the cut.
+        time: Times models in turns.
+        reference_ms: The reference in all rounds.
+        ratios: Every model that was timed, and its ratios.
+    """
+
+    reference: ModelConfig
+    time: TimeInTurns
+    reference_ms: list[float] = field(default_factory=list)
+    ratios: list[tuple[ModelConfig, list[float]]] = field(default_factory=list)
+
+    def measure(self, config: ModelConfig) -> None:
+        """Times a model, once more where that was done before."""
+        if config == self.reference:
+            rounds = self.time({"reference": config})
+            own = rounds["reference"]
+        else:
+            rounds = self.time({"reference": self.reference, "model": config})
+            own = rounds["model"]
+        self.reference_ms += rounds["reference"]
+        ratios = [mine / whole for mine, whole in zip(own, rounds["reference"], strict=True)]
+        if (known := self._ratios(config)) is not None:
+            known += ratios
+        else:
+            self.ratios.append((config, ratios))
+
+    def latency_ms(self, config: ModelConfig) -> float:
+        """Returns the latency of a model that was timed, in milliseconds."""
+        ratios = self._ratios(config)
+        assert ratios is not None, "this model was not timed"
+        return statistics.median(ratios) * statistics.median(self.reference_ms)
+
+    def _ratios(self, config: ModelConfig) -> list[float] | None:
+        return next((ratios for known, ratios in self.ratios if known == config), None)
+
+
+def stopwatch(reference: ModelConfig, conditions: Conditions) -> Stopwatch:
+    """Returns a stopwatch for models with random weights (time does not depend on them) on this machine."""
+    return Stopwatch(reference=reference, time=partial(time_whole, conditions=conditions, repeats=ROUNDS, least_s=LEAST_S))
+
+
+def within_latency(plan: Plan, budget: Budget, watch: Stopwatch, *, least: float, say: Callable[[str], None]) -> Found:
+    """Finds a large share kept whose model is measured to be within a budget of latency, and mostly just within it.
+
+    Shares are interpolated between models that were timed. A model is taken when it was timed twice and is at least ``NEAR``
+    of the budget, or there is none between it and the next larger one, or ``LOOKS`` measurements are done.
+
+    Args:
+        plan: Share kept, from ``least`` to 1, to description.
+        budget: ``latency_ms``.
+        watch: Times models; its reference is the model before the cut.
+        least: Smallest share that the method can keep.
+        say: Told every measurement.
+
+    Raises:
+        ValueError: As :func:`within_size`.
+    """
+    looked: dict[float, tuple[ModelConfig, int]] = {}
+
+    def look(keep: float, config: ModelConfig) -> Found:
+        watch.measure(config)
+        looked[keep] = (config, looked.get(keep, (config, 0))[1] + 1)
+        found = Found(keep=keep, config=config, cost=watch.latency_ms(config))
+        say(f"keeping {keep:.4f}: {_told(found, budget)}")
         return found
 
-    whole = candidate(1.0)
-    if whole.cost <= budget.maximum:
-        return whole
-    best = candidate(least)
-    if best.cost > budget.maximum:
-        raise ValueError(
-            f"the smallest model that this method leaves has {best.cost:,.4g} {unit}, more than the budget of "
-            f"{budget.maximum:,.4g}: combine it with another method in a pipeline"
-        )
-    low, high = least, 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        found = candidate(middle)
-        if found.cost <= budget.maximum:
-            low, best = middle, found
+    def all_looked() -> list[Found]:
+        return [Found(keep=keep, config=config, cost=watch.latency_ms(config)) for keep, (config, _) in sorted(looked.items())]
+
+    best = look(1.0, plan(1.0))
+    if best.cost > budget.maximum and look(least, plan(least)).cost > budget.maximum:
+        _check_reachable(look(least, plan(least)), budget)
+    for turn in range(LOOKS - len(looked)):
+        found = all_looked()
+        best = max((one for one in found if one.cost <= budget.maximum), key=lambda one: one.keep, default=found[0])
+        above = next((one for one in found if one.keep > best.keep), None)
+        new = None if above is None or best.cost >= NEAR * budget.maximum else _between(plan, best, above, budget, turn, found)
+        if new is not None:
+            look(*new)
+        elif looked[best.keep][1] < 2 and above is not None:
+            look(best.keep, best.config)
         else:
-            high = middle
+            break
+    best = max((one for one in all_looked() if one.cost <= budget.maximum), key=lambda one: one.keep, default=all_looked()[0])
+    _check_reachable(best, budget)
+    _check_minimum(best, budget)
     return best
+
+
+def _between(
+    plan: Plan, low: Found, high: Found, budget: Budget, turn: int, looked: Sequence[Found]
+) -> tuple[float, ModelConfig] | None:
+    """A share between two whose model is a new one, close to where a line between them meets the aim; None where there is none.
+
+    Every third time it is the middle: where costs are no line, interpolation may come closer from one side only.
+    """
+    span = high.keep - low.keep
+    part = (AIM * budget.maximum - low.cost) / max(high.cost - low.cost, 1e-9) if turn % 3 < 2 else 0.5
+    wanted = low.keep + min(max(part, 0.02), 0.98) * span
+    grid = sorted((low.keep + span * place / GRID for place in range(1, GRID)), key=lambda keep: abs(keep - wanted))
+    for keep in (wanted, *grid):
+        config = plan(keep)
+        if all(config != one.config for one in looked):
+            return keep, config
+    return None
+
+
+def reached_in_words(reached: float, budget: Budget) -> str:
+    """Returns what a model costs and how far that is from its budget, in words."""
+    off = reached / budget.maximum - 1.0
+    far = "on" if abs(off) < 0.0005 else f"{abs(off):.1%} {'above' if off > 0 else 'below'}"
+    unit = UNITS[budget.name] + (" as measured" if budget.name == "latency_ms" else "")
+    return f"{amount(reached)} {unit}, {far} the budget of {amount(budget.maximum)}"
+
+
+def _told(found: Found, budget: Budget) -> str:
+    return f"{amount(found.cost)} {UNITS[budget.name]}"
+
+
+def _has(budget: Budget) -> str:
+    return "takes" if budget.name == "latency_ms" else "has"
+
+
+def _check_reachable(smallest: Found, budget: Budget) -> None:
+    if smallest.cost > budget.maximum:
+        raise ValueError(
+            f"the smallest model that this method leaves {_has(budget)} {_told(smallest, budget)}, more than the budget of "
+            f"{amount(budget.maximum)}: combine it with another method in a pipeline"
+        )
+
+
+def _check_minimum(best: Found, budget: Budget) -> None:
+    if best.cost < budget.minimum:
+        raise ValueError(
+            f"the largest model within {amount(budget.maximum)} {UNITS[budget.name]} that this method leaves {_has(budget)} "
+            f"{amount(best.cost)}, less than the {amount(budget.minimum)} asked for: give a wider range"
+        )

@@ -325,10 +325,17 @@ def measure_whole(
     configs: Mapping[str, ModelConfig], conditions: Conditions, *, repeats: int = 10, least_s: float = 0.0, seed: int = 0
 ) -> dict[str, float]:
     """Returns the median milliseconds of whole models with random weights, from waveform (or features) to the last layer."""
+    rounds = time_whole(configs, conditions, repeats=repeats, least_s=least_s, seed=seed)
+    return {name: statistics.median(of_name) for name, of_name in rounds.items()}
+
+
+def time_whole(
+    configs: Mapping[str, ModelConfig], conditions: Conditions, *, repeats: int = 10, least_s: float = 0.0, seed: int = 0
+) -> dict[str, list[float]]:
+    """Returns the milliseconds of the same in every round, so that equal places can be compared."""
     with using_threads(conditions.threads):
         pairs = _whole(configs, conditions, seed)
-        rounds = time_in_turns(pairs, device=conditions.device, repeats=repeats, least_s=least_s, seed=seed)
-    return {name: statistics.median(of_name) for name, of_name in rounds.items()}
+        return time_in_turns(pairs, device=conditions.device, repeats=repeats, least_s=least_s, seed=seed)
 
 
 def _whole(configs: Mapping[str, ModelConfig], conditions: Conditions, seed: int) -> dict[str, Timed]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from sslim.batch import Padded
 from sslim.compress.calibration import Calibration
+from sslim.config import OMIT_DEFAULT
 from sslim.data.corpus import Corpus
+from sslim.data.labels import LabelStore
 from sslim.models import SpeechModel
 from sslim.objectives import (
     Distillation,
@@ -47,16 +49,21 @@ class CalibrationConfig:
         crop_s: Longer utterances are cut to this.
         batch_s: Seconds of audio in a batch.
         seed: Decides utterances, crops and masks.
+        labels: Label set for masked prediction; None compares the model with itself, or takes those that it is trained on.
     """
 
     num_utterances: int = 200
     crop_s: float = 10.0
     batch_s: float = 60.0
     seed: int = 0
+    labels: str | None = field(default=None, metadata={OMIT_DEFAULT: True})
 
     def __post_init__(self) -> None:
         if self.num_utterances < 1:
             raise ValueError(f"num_utterances is {self.num_utterances}; calibration needs at least 1 utterance")
+        for name in ("crop_s", "batch_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} of calibration is {getattr(self, name)}; expected seconds above 0")
 
 
 def calibrate(
@@ -79,12 +86,14 @@ def calibrate(
         device: Where batches are kept and losses computed.
 
     Raises:
-        ValueError: The corpus does not hold what the model reads, or labels are named and the model has no head for them.
+        ValueError: The corpus does not hold what the model reads, or labels are named and the model's head is not for them.
     """
     corpus = Corpus.open(corpus_folder)
     model = copy.deepcopy(model).to(device).eval()
     give_statistics(model, corpus)
     labels = None if labels_name is None else corpus.labels(label_set(corpus, labels_name))
+    if labels is not None and (missing := no_head_for(labels, model)):
+        raise ValueError(f"label set {labels.name} is named for scores, but {missing}: leave it out")
     objective = _self_distillation(model) if labels is None else _prediction(model, prediction)
     data = DataConfig(batch_s=config.batch_s, crop_s=config.crop_s)
     utterances, _ = split_utterances(corpus, data, config.seed)
@@ -103,6 +112,15 @@ def calibrate(
     )
 
 
+def no_head_for(labels: LabelStore, model: SpeechModel) -> str | None:
+    """Returns why a model cannot predict labels; None where it has a head over as many clusters."""
+    clusters = getattr(model.config.heads.get(HEAD), "num_clusters", None)
+    if clusters == labels.num_clusters:
+        return None
+    found = "no head over clusters" if clusters is None else f"a head over {clusters} clusters"
+    return f"the model has {found} and the labels are of {labels.num_clusters}"
+
+
 def _self_distillation(model: SpeechModel) -> nn.Module:
     layers = thirds(model.num_layers)
     config = DistillationConfig(
@@ -116,8 +134,6 @@ def _self_distillation(model: SpeechModel) -> nn.Module:
 
 
 def _prediction(model: SpeechModel, config: MaskedPredictionConfig | None) -> nn.Module:
-    if HEAD not in model.config.heads:
-        raise ValueError(f"labels are named, but this {model.config.family} model has no head to predict them: leave them out")
     return _fixed(MaskedPrediction(model, config or MaskedPredictionConfig(masking=MASKING, mask_at=mask_place(model.config))))
 
 

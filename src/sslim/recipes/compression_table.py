@@ -22,8 +22,9 @@ TABLE = "compression.json"
 
 
 def has_pruned_weights(model: SpeechModel) -> bool:
-    """Whether single weights were pruned, here or (as far as it shows) elsewhere."""
-    return any(entry.get("step") == WEIGHTS for entry in model.provenance) or zero_share(model) >= SPARSE
+    """Whether single weights are zero because they were pruned, here or (as far as it shows) elsewhere."""
+    share = zero_share(model)
+    return share >= SPARSE or (share > 0 and any(entry.get("step") == WEIGHTS for entry in model.provenance))
 
 
 def outcome(before: SpeechModel, after: SpeechModel) -> str:
@@ -59,7 +60,11 @@ def row_of(name: str, model: SpeechModel, conditions: Conditions) -> dict[str, A
 
 
 def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes ``compression.json``; the first row is the whole model's."""
+    """Writes ``compression.json``; the first row is the whole model's.
+
+    A row that met a budget also has ``budget`` (what was asked for, what was reached, both in words), and for one of latency
+    ``latency_ms``, as does the whole model.
+    """
     write_json(folder / TABLE, {"format_version": 1, "sslim": __version__, "rows": list(rows)})
 
 
@@ -67,17 +72,20 @@ def printed_table(folder: Path) -> Table:
     """Returns ``compression.json`` of a folder as a table to print, every row beside the whole model."""
     rows = read_json(folder / TABLE)["rows"]
     whole = rows[0]
-    table = Table(caption=ZEROS_NOTE if any(row["pruned_weights"] for row in rows) else None)
-    for name in ("", "parameters", "not zero", "GMAC / s", "MB", "layers", "heads", "units"):
+    timed = any("latency_ms" in row for row in rows)
+    notes = [f"{row['name']}: {row['budget']['told']}" for row in rows if "budget" in row]
+    notes += [ZEROS_NOTE] if any(row["pruned_weights"] for row in rows) else []
+    table = Table(caption="\n".join(notes) or None)
+    for name in ("", "parameters", "not zero", "GMAC / s", "MB", *(["ms"] * timed), "layers", "heads", "units"):
         table.add_column(name, justify="right" if name else "left")
     for row in rows:
-        macs = row["macs_per_s"]
         table.add_row(
             row["name"],
-            _beside(row, whole, "num_parameters", 1e6, "M"),
-            _beside(row, whole, "num_nonzero", 1e6, "M"),
-            "-" if macs is None else _beside(row, whole, "macs_per_s", 1e9, ""),
-            _beside(row, whole, "num_bytes", 1e6, ""),
+            _beside(row, whole, "num_parameters", 1e6, " M"),
+            _beside(row, whole, "num_nonzero", 1e6, " M"),
+            _beside(row, whole, "macs_per_s", 1e9),
+            _beside(row, whole, "num_bytes", 1e6),
+            *([_beside(row, whole, "latency_ms", 1.0)] * timed),
             str(row["num_layers"]),
             _range(row["heads"]),
             _range(row["feedforward"]),
@@ -85,9 +93,12 @@ def printed_table(folder: Path) -> Table:
     return table
 
 
-def _beside(row: dict[str, Any], whole: dict[str, Any], key: str, unit: float, name: str) -> str:
-    text = f"{row[key] / unit:.3f}{' ' * bool(name)}{name}"
-    return text if row is whole else f"{text} ({row[key] / whole[key]:.2f})"
+def _beside(row: dict[str, Any], whole: dict[str, Any], key: str, unit: float, name: str = "") -> str:
+    value, before = row.get(key), whole.get(key)
+    if value is None:
+        return "-"
+    text = f"{value / unit:.3f}{name}"
+    return f"{text} ({value / before:.2f})" if before and row is not whole else text
 
 
 def _range(values: list[int]) -> str:

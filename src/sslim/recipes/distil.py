@@ -13,6 +13,7 @@ from torch import nn
 
 from sslim import __version__
 from sslim.checkpoints import load_model, save_model
+from sslim.checkpoints.model_files import model_path
 from sslim.config import to_plain
 from sslim.data.batching import CorpusBatches, FrameFacts
 from sslim.data.corpus import Corpus
@@ -37,7 +38,7 @@ from sslim.objectives.teacher_init import init_from_teacher
 from sslim.recipes.corpus_batches import frame_facts, make_batches, split_utterances
 from sslim.recipes.distil_losses import DistilObjective
 from sslim.recipes.distil_recipes import DistilRecipe
-from sslim.recipes.pretrain import check_labels, give_statistics, label_set, model_folder, without_statistics
+from sslim.recipes.pretrain import check_labels, give_statistics, label_set, without_statistics
 from sslim.training import Processes, Trainer, TrainingResult, join_processes
 from sslim.training.distributed import pick_device
 
@@ -58,14 +59,12 @@ class NamedTeacher:
 
 
 def load_teacher(path: Path) -> NamedTeacher:
-    """Loads a teacher: any model that ``load_model`` reads, or a run folder.
+    """Loads a teacher: any model that ``load_model`` reads, or the folder of a run or a compression.
 
     Raises:
         ValueError: The run is not finished, or the model cannot be read.
     """
-    folder = model_folder(path)
-    assert folder is not None
-    return NamedTeacher(model=load_model(folder), name=str(path))
+    return NamedTeacher(model=load_model(model_path(path)), name=str(path))
 
 
 def _heads(objective: DistilObjective, student: ModelConfig, teacher: ModelConfig) -> dict[str, HeadConfig]:

@@ -7,31 +7,43 @@ what each round bought. Running the same command again goes on where it stopped.
 
 from __future__ import annotations
 
+import copy
+import shutil
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sslim.checkpoints import load_model, save_model
 from sslim.compress.budgets import parse_budget
-from sslim.compress.methods import METHODS
-from sslim.compress.strength import keep_for_budget, model_cost
+from sslim.compress.calibration import Calibration
+from sslim.compress.methods import METHODS, Method
+from sslim.compress.strength import Found, reached_in_words, size_of, stopwatch, within_latency, within_size
 from sslim.config import ConfigError, from_plain, nearest, read_json, to_plain
+from sslim.data.corpus import Corpus
 from sslim.models import SpeechModel
 from sslim.models.speech import restore_statistics
+from sslim.models.storage import require_float
 from sslim.profiling import Conditions
-from sslim.recipes.calibration import CalibrationConfig, calibrate
-from sslim.recipes.compression_folder import claim
+from sslim.profiling.latency import measure_whole
+from sslim.recipes.calibration import CalibrationConfig, calibrate, no_head_for
+from sslim.recipes.compression_folder import PLAN, claim
 from sslim.recipes.compression_table import outcome, row_of, write_table
 from sslim.recipes.distil import NamedTeacher, load_teacher
+from sslim.recipes.model_card import write_model_card
 from sslim.recipes.pretrain import HEAD as PREDICTION_HEAD
 from sslim.recipes.recovery import RecoveryConfig, recover
 from sslim.recipes.trained_methods import TRAINED_METHODS
 from sslim.storage import write_json
 from sslim.training import TrainingResult
+from sslim.training.run_folder import RunFolder
 
 ALL = (*METHODS, *TRAINED_METHODS)
+NO_VALUE = "none"  # in a TOML file, which has no sign for it
+STRENGTH, REACHED = "strength.json", "budget.json"  # in a round's folder: what a budget's search found, what the cut came to
+FINAL_ROUNDS, FINAL_S = 21, 2.0  # of the measurement that a user is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +54,8 @@ class StepConfig:
         method: One of ``METHODS`` or ``TRAINED_METHODS``.
         settings: What the method is told, by the names of its settings; checked when the pipeline is read.
         rounds: Cuts that lead to the strength asked for, by equal factors, each followed by training.
-        budget: Finds the strength in place of the settings' own: ``params=25M``, ``macs=2G`` or ``latency_ms=12``.
+        budget: Finds the strength in place of the settings' own: ``params=25M``, ``macs=2G`` or ``latency_ms=12``, of which the
+            most that the method can keep is taken.
         recover: Training after every cut; None for none.
     """
 
@@ -62,16 +75,28 @@ class StepConfig:
             self._check_trained()
             return
         if self.budget is not None:
-            if method.least is None:
-                raise ValueError(f"{self.method} changes no parameters, MACs or latency bit by bit: it cannot meet a budget")
-            parse_budget(self.budget)
+            self._check_budget(method)
         settings = self.read()
+        if self.budget is None and not method.is_given(self.settings):
+            wanted = [str(method.strength), *method.instead, *(["a budget"] if method.plan else [])]
+            raise ValueError(f"nothing says how much {self.method} removes: give one of {', '.join(wanted)}")
         if self.rounds > 1 and (method.strength is None or getattr(settings, method.strength) is None):
             raise ValueError(
                 f"{self.method} has {self.rounds} rounds, which need {method.strength or 'a share'} to be divided up"
             )
         if method.final and self.recover is not None:
             raise ValueError(f"a model cannot be trained after {self.method}: set recover to false")
+
+    def _check_budget(self, method: Method) -> None:
+        assert self.budget is not None
+        parse_budget(self.budget)
+        if method.plan is None:
+            raise ValueError(
+                f"{self.method} cannot meet a budget: none of its settings lowers parameters, MACs or latency bit by bit"
+            )
+        for name in (str(method.strength), *method.instead):
+            if self.settings.get(name) is not None:
+                raise ValueError(f"{self.method} has both a budget and {name}: give one")
 
     def _check_trained(self) -> None:
         if self.rounds > 1 or self.budget is not None:
@@ -87,14 +112,12 @@ class StepConfig:
         return trained or METHODS[self.method].looks_at_speech(self.read())
 
     def read(self) -> Any:
-        """Returns the method's settings; with a budget its strength stands at "nothing removed"."""
+        """Returns the method's settings; their strength says "nothing removed" where a budget decides."""
         if self.method in TRAINED_METHODS:
             return from_plain(TRAINED_METHODS[self.method].settings, self.settings, self.method)
         method, values = METHODS[self.method], dict(self.settings)
-        if self.budget is not None and method.strength is not None:
-            if method.strength in values:
-                raise ValueError(f"{self.method} has both a budget and {method.strength}: give one")
-            values[method.strength] = 1.0
+        if method.strength is not None and (self.budget is not None or not method.is_given(values)):
+            values[method.strength] = method.nothing
         return from_plain(method.settings, values, self.method)
 
 
@@ -124,7 +147,7 @@ def read_pipeline(path: Path) -> Pipeline:
     """Reads a TOML file: tables ``[calibration]``, ``[conditions]``, ``[recover]`` (for all steps) and ``[[step]]``.
 
     In a step, ``recover`` is a table of what differs from the common one, or ``false`` for none; every key beside ``method``,
-    ``rounds``, ``budget`` and ``recover`` is one of the method's settings.
+    ``rounds``, ``budget`` and ``recover`` is one of the method's settings. The word ``"none"`` stands for a setting's None.
 
     Raises:
         ConfigError: Not TOML, or an unknown key or value.
@@ -136,26 +159,31 @@ def read_pipeline(path: Path) -> Pipeline:
     tables = ("calibration", "conditions", "recover", "step")
     if unknown := [key for key in values if key not in tables]:
         raise ConfigError(f"{path} has no key {unknown[0]!r}{nearest(unknown[0], tables)}")
-    common = values.pop("recover", None)
-    steps = values.pop("step", [])
+    common, steps = values.pop("recover", None), values.pop("step", [])
+    if common is not None and not isinstance(common, dict):
+        raise ConfigError(f"{path}: recover is {common!r}; write the training that all steps share as a table [recover]")
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise ConfigError(f"{path}: steps are tables; write each as [[step]]")
-    plain: list[Any] = [_plain_step(step, common, f"{path.name}: step {number}") for number, step in enumerate(steps, 1)]
+    read = [_read_step(step, common, f"{path.name}: step {number}") for number, step in enumerate(steps, 1)]
+    plain: list[Any] = [to_plain(step) for step in read]
     return from_plain(Pipeline, {**values, "steps": plain}, path.name)
 
 
-def _plain_step(step: dict[str, Any], common: dict[str, Any] | None, where: str) -> dict[str, Any]:
+def _read_step(step: dict[str, Any], common: dict[str, Any] | None, where: str) -> StepConfig:
     known: dict[str, Any] = {key: step[key] for key in ("method", "rounds", "budget") if key in step}
     if "method" not in known:
         raise ConfigError(f"{where} lacks the key 'method'; there are {', '.join(ALL)}")
-    own = step.get("recover", {})
-    if own is True:
-        own = {}
-    recover = None if own is False or (common is None and "recover" not in step) else {**(common or {}), **own}
-    if "recover" not in step and known["method"] in METHODS and METHODS[known["method"]].final:
+    own = step.get("recover")
+    if not isinstance(own, bool | dict | None):
+        raise ConfigError(f"{where}: recover is {own!r}; expected a table, true or false")
+    recover = None
+    if own is not False and (own is not None or common is not None):
+        recover = {**(common or {}), **(own if isinstance(own, dict) else {})}
+    if own is None and known["method"] in METHODS and METHODS[known["method"]].final:
         recover = None
     settings = {key: value for key, value in step.items() if key not in ("method", "rounds", "budget", "recover")}
-    return {**known, "settings": settings, "recover": recover}
+    settings = {key: None if value == NO_VALUE else value for key, value in settings.items()}
+    return from_plain(StepConfig, {**known, "settings": settings, "recover": recover}, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +197,32 @@ class _Context:
     say: Callable[[str], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """A cut and the training that follows; ``folder/model`` is what they give.
+
+    Attributes:
+        step: Of the pipeline.
+        number: Of the round within the step, from 1.
+        start: The model before the step's first round.
+        model: The model at hand, and what it is called.
+        folder: Of the round.
+        first: Folder of the step's first round.
+    """
+
+    step: StepConfig
+    number: int
+    start: SpeechModel
+    model: NamedTeacher
+    folder: Path
+    first: Path
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no other round of the step follows."""
+        return self.number == self.step.rounds
+
+
 def compress(
     pipeline: Pipeline,
     model_path: Path,
@@ -179,9 +233,11 @@ def compress(
 ) -> TrainingResult | None:
     """Runs a pipeline, or goes on with what ``output`` holds; the result is then in ``output/model``.
 
+    Steps that have not begun may be changed, left out or added before it goes on.
+
     Args:
         pipeline: The steps.
-        model_path: Any model that ``load_model`` reads, or a run folder.
+        model_path: Any model that ``load_model`` reads, or the folder of a run or compression.
         corpus_folder: A prepared corpus, for steps that look at speech or train.
         output: Folder of the pipeline.
         say: Where notes for the user go.
@@ -190,95 +246,82 @@ def compress(
         None when all is done; the result of the training that a signal or the like ended early.
 
     Raises:
-        ValueError: A step needs a corpus and there is none; the folder holds another pipeline; a method cannot do what it is
-            asked for.
+        ValueError: A step needs a corpus and there is none; the model is a supernet or quantised; the folder holds another
+            pipeline, or another process works in it; a method cannot do what it is asked for.
     """
     for step in pipeline.steps:
         if corpus_folder is None and step.needs_speech:
             raise ValueError(f"{step.method} trains or looks at speech: name a corpus with --corpus")
     whole = load_teacher(model_path)
-    claim(output, "pipeline", to_plain(pipeline), whole, corpus_folder)
-    context = _Context(pipeline=pipeline, whole=whole, corpus=corpus_folder, output=output, say=say)
-    model, rows = whole.model, [row_of("whole", whole.model, pipeline.conditions)]
-    number = 0
+    if whole.model.config.search_space is not None:
+        raise ValueError(f"{model_path} is a supernet: cut one of its subnets out first, with `sslim compress extract`")
+    require_float(whole.model)
+    plan = to_plain(pipeline)
+    changed = claim(output, "pipeline", plan, whole, corpus_folder, compared=partial(_begun, output))
+    with RunFolder(output).lock():
+        if changed:
+            shutil.rmtree(output / "model", ignore_errors=True)  # of the plan before
+        context = _Context(pipeline=pipeline, whole=whole, corpus=corpus_folder, output=output, say=say)
+        return _run_all(context)
+
+
+def _begun(output: Path, old: Any, new: Any) -> tuple[Any, Any]:
+    """Two plans without the steps of which the folder holds nothing yet."""
+    number, count = 1, 0
+    for place, step in enumerate(old["steps"], 1):
+        if (output / _folder_name(number, step["method"])).exists():
+            count = place
+        number += step["rounds"]
+    return {**old, "steps": old["steps"][:count]}, {**new, "steps": new["steps"][:count]}
+
+
+def _folder_name(number: int, method: str) -> str:
+    return f"{number:02d}-{method}"
+
+
+def _run_all(context: _Context) -> TrainingResult | None:
+    pipeline, whole, number = context.pipeline, context.whole, 0
+    at_hand = replace(whole, model=copy.deepcopy(whole.model))  # the whole one is frozen while it teaches
+    rows = [row_of("whole", whole.model, pipeline.conditions)]
     for step in pipeline.steps:
-        targets = _strengths(context, step, model)
-        for strength in targets:
+        start, first = at_hand.model, context.output / _folder_name(number + 1, step.method)
+        for of_step in range(1, step.rounds + 1):
             number += 1
-            folder = output / f"{number:02d}-{step.method}"
-            interrupted = _round(context, step, strength, model, folder)
+            folder = context.output / _folder_name(number, step.method)
+            now = _Round(step=step, number=of_step, start=start, model=at_hand, folder=folder, first=first)
+            interrupted = _run(context, now)
             if interrupted is not None:
                 return interrupted
-            model = load_model(folder / "model")
-            rows.append(row_of(folder.name, model, pipeline.conditions))
-            write_table(output, rows)
-    save_model(_without_new_heads(model, whole.model), output / "model")
+            at_hand = NamedTeacher(model=load_model(folder / "model"), name=folder.name)
+            rows.append(row_of(folder.name, _without_new_heads(at_hand.model, whole.model), pipeline.conditions))
+            _add_budget(rows, folder)
+            write_table(context.output, rows)
+    result = _without_new_heads(at_hand.model, whole.model)
+    save_model(result, context.output / "model")
+    write_model_card(context.output, result, rows, read_json(context.output / PLAN)["model"], context.corpus)
     return None
 
 
-def _strengths(context: _Context, step: StepConfig, model: SpeechModel) -> list[float | None]:
-    """The share that every round keeps of the model it is given; None where the settings alone decide."""
-    settings = step.read()
-    if step.method in TRAINED_METHODS or METHODS[step.method].strength is None:
-        return [None]
-    method = METHODS[step.method]
-    assert method.strength is not None
-    keep = getattr(settings, method.strength)
-    noted = context.output / f"{context.pipeline.steps.index(step) + 1}-{step.method}-strength.json"
-    if step.budget is not None:
-        if not noted.is_file():
-            write_json(noted, {"keep": _within(context, step, model)})
-        keep = read_json(noted)["keep"]
-    if keep is None:
-        return [None]
-    return [method.after_rounds(keep, done, step.rounds) for done in range(1, step.rounds + 1)]
-
-
-def _within(context: _Context, step: StepConfig, model: SpeechModel) -> float:
-    """The share that a budget leaves."""
-    method, settings, conditions = METHODS[step.method], step.read(), context.pipeline.conditions
-    assert step.budget is not None
-    assert method.strength is not None
-    assert method.least is not None
-    name, budget = method.strength, parse_budget(step.budget)
-    calibration = _calibration(context, step, model)
-    found = keep_for_budget(
-        lambda keep: method.apply(model, replace(settings, **{name: keep}), calibration),
-        budget,
-        lambda candidate: model_cost(candidate, budget.name, conditions),
-        least=method.least(model.config),
-        say=context.say,
-    )
-    context.say(f"{step.method}: {name} {found.keep:.3f} meets {step.budget}")
-    return found.keep
-
-
-def _calibration(context: _Context, step: StepConfig, model: SpeechModel) -> Any:
-    if not METHODS[step.method].looks_at_speech(step.read()):
-        return None
-    assert context.corpus is not None
-    labels = None if step.recover is None else step.recover.labels
-    return calibrate(model, context.corpus, context.pipeline.calibration, labels_name=labels)
-
-
-def _round(
-    context: _Context, step: StepConfig, strength: float | None, model: SpeechModel, folder: Path
-) -> TrainingResult | None:
-    """Cuts and trains, unless that is done; ``folder/model`` is the result."""
+def _run(context: _Context, now: _Round) -> TrainingResult | None:
+    """Cuts and trains, unless that is done."""
+    folder, step = now.folder, now.step
     if (folder / "model").is_dir():
+        context.say(f"{folder.name}: done before")
         return None
     cut = folder / "cut"
     if step.method in TRAINED_METHODS:
         assert context.corpus is not None
-        train, given = TRAINED_METHODS[step.method].train, NamedTeacher(model=model, name=folder.name)
-        trained = train(step.read(), given, context.whole, context.corpus, folder / "training", say=context.say)
+        train = TRAINED_METHODS[step.method].train
+        trained = train(step.read(), now.model, context.whole, context.corpus, folder / "training", say=context.say)
         if not trained.finished:
             return trained
         cut = folder / "training" / "model"
     elif not cut.is_dir():
-        save_model(_cut(context, step, strength, model), cut)
+        save_model(_cut(context, now), cut)
     small = load_model(cut)
-    context.say(f"{folder.name}: {outcome(model, small)}")
+    context.say(f"{folder.name}: {outcome(now.model.model, small)}")
+    if step.budget is not None and now.is_last:
+        _note_reached(context, now, small)
     if step.recover is None:
         save_model(small, folder / "model")
         return None
@@ -290,11 +333,94 @@ def _round(
     return None
 
 
-def _cut(context: _Context, step: StepConfig, strength: float | None, model: SpeechModel) -> SpeechModel:
-    method, settings = METHODS[step.method], step.read()
-    if strength is not None and method.strength is not None:
-        settings = replace(settings, **{method.strength: strength})
-    return method.apply(model, settings, _calibration(context, step, model))
+def _cut(context: _Context, now: _Round) -> SpeechModel:
+    step, method, model = now.step, METHODS[now.step.method], now.model.model
+    settings, calibration = step.read(), None
+    told: dict[str, Any] = {}
+    if method.looks_at_speech(settings):
+        calibration, told = _calibration(context, now)
+    if step.budget is not None and now.is_last:
+        # searched anew for the model at hand: what earlier rounds rounded up or down is made good
+        settings = _with_strength(method, settings, _strength(context, now, now.folder, calibration))
+    elif step.rounds > 1:
+        if step.budget is not None:
+            settings = _with_strength(method, settings, _strength(context, now, now.first, calibration))
+        settings = method.in_round(settings, now.start, model, now.number / step.rounds)
+    small = method.apply(model, settings, calibration)
+    small.provenance[-1] |= told | ({} if step.budget is None else {"budget": step.budget})
+    return small
+
+
+def _with_strength(method: Method, settings: Any, strength: float) -> Any:
+    return replace(settings, **{str(method.strength): strength})
+
+
+def _strength(context: _Context, now: _Round, folder: Path, calibration: Calibration | None) -> float:
+    """The strength that meets the budget, as noted in a round's folder; found for the model at hand where it is not."""
+    noted = folder / STRENGTH
+    if not noted.is_file():
+        found = _within(context, now, calibration)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(noted, {"budget": now.step.budget, "keep": found.keep, "cost": found.cost})
+    return float(read_json(noted)["keep"])
+
+
+def _within(context: _Context, now: _Round, calibration: Calibration | None) -> Found:
+    step, method, model, conditions = now.step, METHODS[now.step.method], now.model.model, context.pipeline.conditions
+    assert step.budget is not None
+    assert method.plan is not None
+    budget, settings = parse_budget(step.budget), step.read()
+    plan, least = method.plan(model, settings, calibration), method.least(model.config, settings)
+    context.say(f"{now.folder.name}: how much can stay within {step.budget}")
+    if budget.name == "latency_ms":
+        return within_latency(plan, budget, stopwatch(model.config, conditions), least=least, say=context.say)
+    cost = partial(size_of, name=budget.name, conditions=conditions)
+    return within_size(plan, budget, cost, least=least, say=context.say)
+
+
+def _calibration(context: _Context, now: _Round) -> tuple[Calibration, dict[str, Any]]:
+    """Calibration speech, and what the provenance tells of it."""
+    assert context.corpus is not None
+    config, method = context.pipeline.calibration, METHODS[now.step.method]
+    corpus, labels = Corpus.open(context.corpus), None
+    if method.looks_at_loss(now.step.read()):
+        labels = config.labels or (None if now.step.recover is None else now.step.recover.labels)
+        if labels is not None and config.labels is None and (missing := no_head_for(corpus.labels(labels), now.model.model)):
+            context.say(f"note: scores compare the model with itself, not with labels {labels}: {missing}")
+            labels = None
+    count = min(config.num_utterances, len(corpus))
+    context.say(f"{now.folder.name}: looking at up to {count:,} utterances of {corpus.name}")
+    calibration = calibrate(now.model.model, context.corpus, config, labels_name=labels)
+    return calibration, {"calibration": {"corpus": corpus.name, "num_utterances": count, "labels": labels}}
+
+
+def _note_reached(context: _Context, now: _Round, small: SpeechModel) -> None:
+    """Notes beside the cut model what its budget has become, measured anew where it is one of latency."""
+    noted, conditions = now.folder / REACHED, context.pipeline.conditions
+    if noted.is_file():
+        context.say(f"{now.folder.name}: {read_json(noted)['told']}")
+        return
+    assert now.step.budget is not None
+    budget, facts = parse_budget(now.step.budget), {}
+    if budget.name == "latency_ms":
+        models = {"whole": context.whole.model.config, "cut": small.config}
+        times = measure_whole(models, conditions, repeats=FINAL_ROUNDS, least_s=FINAL_S)
+        reached, facts = times["cut"], {"latency_ms": times["cut"], "whole_latency_ms": times["whole"]}
+    else:
+        reached = size_of(small.config, budget.name, conditions)
+    told = reached_in_words(reached, budget)
+    write_json(noted, {"budget": now.step.budget, "reached": reached, "told": told, **facts})
+    context.say(f"{now.folder.name}: {told}")
+
+
+def _add_budget(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Adds to the last row what its budget has become, and to the first how long the whole model took beside it."""
+    if not (folder / REACHED).is_file():
+        return
+    noted = read_json(folder / REACHED)
+    rows[-1]["budget"] = {key: noted[key] for key in ("budget", "reached", "told")}
+    if "latency_ms" in noted:
+        rows[-1]["latency_ms"], rows[0]["latency_ms"] = noted["latency_ms"], noted["whole_latency_ms"]
 
 
 def _without_new_heads(model: SpeechModel, whole: SpeechModel) -> SpeechModel:

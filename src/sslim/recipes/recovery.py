@@ -79,8 +79,10 @@ class RecoveryConfig:
 
 
 def layer_loss(student: ModelConfig, teacher: ModelConfig) -> DistillationConfig:
-    """Returns the loss of ``layers``: DPHuBERT's, without maps where widths agree, and without its target 0 (the projection,
-    which compression leaves alone) for front-ends that are not trained."""
+    """Returns the loss of ``layers``: DPHuBERT's without its target 0, the output of the projection, which no method cuts.
+
+    Where widths agree, as they do after every cut, layers are compared as they are, without linear maps.
+    """
     depth = teacher.encoder.num_layers
     loss = dp_hubert(student, teacher, LayerChoice(teacher=thirds(depth)))
     return replace(loss, map_groups=()) if student.encoder.dim == teacher.encoder.dim else loss
