@@ -309,3 +309,18 @@ def stack_reach(layers: Sequence[tuple[int, int]]) -> tuple[int, int]:
     for kernel, stride in layers:
         reach, hop = reach + (kernel - 1) * hop, hop * stride
     return reach, hop
+
+
+def longest_wait(span: int, hop: int, chunk: int) -> int:
+    """Returns the samples from a frame's first one to the end of the chunk that brings its last one, for the worst frame.
+
+    Frame t needs the samples up to ``t * hop + span`` and so waits ``-(t * hop + span) mod chunk`` for the end of that chunk.
+    Over all t this takes every value that leaves the remainder ``-span`` when divided by ``gcd(hop, chunk)``.
+
+    Args:
+        span: Samples that a frame needs, from its first one on.
+        hop: Samples from one frame to the next.
+        chunk: Samples that arrive together; 1 for none to wait for.
+    """
+    step = math.gcd(hop, chunk)
+    return span + chunk - step + -span % step

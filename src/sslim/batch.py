@@ -48,6 +48,7 @@ class Batch:
         ids: Utterance ids, for error messages.
         labels: (B, T') int64 at the model's own frame period, padded with ``IGNORED_LABEL``; None without targets.
         duration_s: Seconds of real audio in the batch.
+        clean: (B, S) waveform without the noise that ``inputs`` have; None where none is added.
         teacher: (B, T'', D') stored frames of a teacher, at its own frame period; None without.
     """
 
@@ -56,6 +57,7 @@ class Batch:
     ids: tuple[str, ...]
     labels: Tensor | None = None
     duration_s: float = 0.0
+    clean: Tensor | None = None
     teacher: Padded | None = None
 
     @property
@@ -75,6 +77,7 @@ class Batch:
             inputs=function(self.inputs),
             lengths=function(self.lengths),
             labels=None if self.labels is None else function(self.labels),
+            clean=None if self.clean is None else function(self.clean),
             teacher=None if teacher is None else Padded(values=function(teacher.values), lengths=function(teacher.lengths)),
         )
 

@@ -35,7 +35,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "profile": ("sslim.commands.profile", "parameters, MACs, latency, memory and speed-up against a dense baseline"),
     "extract": ("sslim.commands.extract", "hidden states of audio files or a corpus to safetensors, npz or Kaldi ark"),
     "import": ("sslim.commands.import_", "a foreign checkpoint to a native model folder"),
-    "export": ("sslim.commands.export", "a model to a reference's own file layout"),
+    "export": ("sslim.commands.export", "a model to the file layout of another toolkit"),
     "report": ("sslim.commands.report", "runs, corpora, result cards, profiles and Pareto fronts on one HTML page"),
     "doctor": ("sslim.commands.doctor", "check a corpus and its labels before hours are spent"),
 }
@@ -158,16 +158,50 @@ def parse_options(verb: str, module: ModuleType, arguments: Sequence[str]) -> An
     """
     import tyro
 
-    messages = io.StringIO()
+    messages, shown = io.StringIO(), _Shown()
     try:
-        with contextlib.redirect_stderr(messages):
+        with contextlib.redirect_stderr(messages), contextlib.redirect_stdout(shown):
             config = (tyro.conf.PositionalMetavarFromFieldName,)
             return tyro.cli(module.Options, prog=f"sslim {verb}", args=list(arguments), config=config)
     except SystemExit as stop:
         if not stop.code:
+            sys.stdout.write(_plain_help(shown.getvalue()))
             raise
         message = _unboxed(messages.getvalue()) or "these arguments cannot be read"
         raise UsageError(f"{message}{_nearest_option(message, module)}; see `sslim {verb} --help`") from None
+
+
+class _Shown(io.StringIO):
+    """Takes what is shown, drawn and coloured as for standard output."""
+
+    encoding = ""  # io.StringIO has none, and tyro would draw its frames with minus signs
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoding, self.coloured = sys.stdout.encoding, sys.stdout.isatty()
+
+    def isatty(self) -> bool:
+        return self.coloured
+
+
+def _plain_help(page: str) -> str:
+    """A page of help without Python's None: ``{None}|PATH``, ``{None,a,b}`` and ``(default: None)``, as wide as before."""
+    codes = r"(?:\x1b\[[\d;]*m|[\s│])*"  # colours, and the frame where the words lie on two lines
+
+    def blank(match: re.Match[str]) -> str:
+        return " " * len("(default:") + match[1] + " " * (len(match[2]) + 1)
+
+    page = re.sub(rf"\(default:({codes})(None|''|)\)", blank, page)
+    lines = []
+    for line in page.splitlines():
+        end, none = 0, r"\{None\}\|(?=[\w{])|(?<=\{)None,"
+        for match in re.finditer(rf"(?:{none})(?:\{{[^}}]*\}}|[^\s\x1b]*)", line):
+            end = match.end()
+        saved = 0 if "usage:" in line else sum(map(len, re.findall(none, line)))
+        line = re.sub(none, "", line[:end]) + " " * saved + line[end:]
+        if "│" not in line or re.sub(codes, "", line):
+            lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def _unboxed(text: str) -> str:
@@ -181,8 +215,8 @@ def _unboxed(text: str) -> str:
             paragraphs.append([])
         elif inner:
             paragraphs[-1].append(inner)
-    message = " ".join(next(filter(None, paragraphs[1:]), [])).removesuffix(" (required)").rstrip(".")
-    message = re.sub(r"^Missing from sslim \w+:", "missing argument", message)
+    message = " ".join(next(filter(None, paragraphs[1:]), [])).replace(" (required)", "").rstrip(".")
+    message = re.sub(r"^Missing from sslim [\w -]+:", "missing argument", message)
     return message.replace("Unrecognized options:", "unrecognised arguments:")
 
 

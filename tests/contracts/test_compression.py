@@ -19,11 +19,14 @@ from sslim.batch import EncoderOutput, Padded, valid_mask
 from sslim.checkpoints import load_model, save_model
 from sslim.compress.calibration import Calibration
 from sslim.compress.depth import DepthPruning, depth_config, prune_depth
+from sslim.compress.gate_cut import cut_gates
+from sslim.compress.gates import GateConfig, Gates
 from sslim.compress.heads import HeadPruning, heads_config, prune_heads
 from sslim.compress.low_rank import MAPS, LowRank, factorize, low_rank_config, maps_of
 from sslim.compress.origins import origins
 from sslim.compress.rows import RowPruning, prune_rows, rows_config
 from sslim.compress.sharing import Sharing, share_layers, sharing_config
+from sslim.compress.weights import WeightPruning, prunable_weights, prune_weights
 from sslim.models import ModelConfig, SpeechModel, build_model
 from sslim.models.elastic import count_parameters, extract_model
 from sslim.models.hubert import hubert, narrow_conv_layers
@@ -211,6 +214,36 @@ def with_projected_maps(model: SpeechModel, small: SpeechModel, *, other: bool) 
             ours.register_forward_hook(projection(theirs.outer.weight.detach(), whole_matrix(theirs)[1]))
 
 
+def without_weights(model: SpeechModel, small: SpeechModel, *, other: bool) -> None:
+    """The weights that are gone are zero (their neighbours, for the control)."""
+    left = small.state_dict()
+    with torch.no_grad():
+        for name, tensor in prunable_weights(model, biases=False).items():
+            tensor.masked_fill_((left[name] == 0).roll(int(other), -1), 0.0)
+
+
+def gates_of(config: ModelConfig, seed: int = 3) -> Gates:
+    """Gates of all degrees for heads and units, in eval mode."""
+    gates = Gates(config, GateConfig(channels=None), torch.Generator().manual_seed(seed)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for log_alpha in gates.parameters():
+            log_alpha.copy_(3 * torch.randn(log_alpha.shape, generator=generator) - 1)
+    return gates
+
+
+def open_gates_of(config: ModelConfig) -> Gates:
+    gates = gates_of(config)
+    with torch.no_grad():
+        for log_alpha in gates.parameters():
+            log_alpha.fill_(60.0)
+    return gates
+
+
+def with_gates(model: SpeechModel, small: SpeechModel, *, other: bool) -> None:
+    gates_of(model.config, seed=4 if other else 3).attach(model)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method under test.
@@ -219,15 +252,17 @@ class Method:
         apply: Model and calibration to a smaller model.
         nothing: The same, told to remove nothing.
         mask: Changes a copy of the original so that it computes what the small model does; with ``other`` something else.
-        predict: Description to that of the small model, as far as sizes go.
+        predict: Description to that of the small model, as far as sizes go; None where training decides.
         unpredictable: Kinds of models whose size after the method depends on data.
+        keeps_sizes: Whether only values change.
     """
 
     apply: Callable[[SpeechModel, Calibration], SpeechModel]
     nothing: Callable[[SpeechModel, Calibration], SpeechModel]
     mask: Callable[..., None]
-    predict: Callable[[ModelConfig], ModelConfig]
+    predict: Callable[[ModelConfig], ModelConfig] | None
     unpredictable: tuple[str, ...] = ()
+    keeps_sizes: bool = False
 
 
 def head_method(unpredictable: tuple[str, ...] = (), **settings: Any) -> Method:
@@ -292,6 +327,19 @@ METHODS_UNDER_TEST: dict[str, Method] = {
     ),
     "low-rank, plain": low_rank_method(whiten=False),
     "low-rank, whitened": low_rank_method(whiten=True),
+    "weights": Method(
+        apply=lambda model, _: prune_weights(model, WeightPruning(sparsity=0.6)),
+        nothing=lambda model, _: prune_weights(model, WeightPruning(sparsity=0.0)),
+        mask=without_weights,
+        predict=lambda config: config,
+        keeps_sizes=True,
+    ),
+    "gates": Method(
+        apply=lambda model, _: cut_gates(model, gates_of(model.config)),
+        nothing=lambda model, _: cut_gates(model, open_gates_of(model.config)),
+        mask=with_gates,
+        predict=None,
+    ),
 }
 everywhere = pytest.mark.parametrize("method", METHODS_UNDER_TEST)
 of_every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -319,12 +367,16 @@ def run(model: SpeechModel) -> EncoderOutput:
 def test_parameters_are_those_of_the_description_and_of_the_prediction(kind: str, method: str) -> None:
     whole, small = model_of(kind), small_of(kind, method)
     assert small.num_parameters() == count_parameters(small.config)
-    assert (small.num_parameters() < whole.num_parameters()) or (method.startswith("depth") and kind == "shared layers")
+    same_size = METHODS_UNDER_TEST[method].keeps_sizes or (method.startswith("depth") and kind == "shared layers")
+    assert same_size or small.num_parameters() < whole.num_parameters()
+    predict = METHODS_UNDER_TEST[method].predict
+    if predict is None:
+        return
     if kind in METHODS_UNDER_TEST[method].unpredictable:
         with pytest.raises(ValueError, match="depends on"):
-            METHODS_UNDER_TEST[method].predict(whole.config)
+            predict(whole.config)
     else:
-        assert count_parameters(METHODS_UNDER_TEST[method].predict(whole.config)) == small.num_parameters()
+        assert count_parameters(predict(whole.config)) == small.num_parameters()
 
 
 @of_every_kind
@@ -349,7 +401,9 @@ def test_nothing_to_remove_is_the_identity(kind: str, method: str) -> None:
     for name, tensor in whole.state_dict().items():
         assert torch.equal(same.state_dict()[name], tensor), name
         assert not same.state_dict()[name].is_set_to(tensor), name
-    assert small_of(kind, method).config != whole.config  # the control
+    small = small_of(kind, method)  # the control
+    assert small.config != whole.config or METHODS_UNDER_TEST[method].keeps_sizes
+    assert any(not torch.equal(tensor, small.state_dict().get(name, tensor[:0])) for name, tensor in whole.state_dict().items())
 
 
 @of_every_kind

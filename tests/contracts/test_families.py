@@ -17,14 +17,18 @@ from sslim.models.elastic import extract_model
 from sslim.models.hubert import hubert
 from sslim.models.lighthubert import lighthubert
 from sslim.models.melhubert import melhubert
+from sslim.models.predictive import apc, npc
 from sslim.models.reconstruction import aalbert, mockingjay, tera
 from sslim.models.search_space import SearchSpace
+from sslim.nn.encoder import Encoder, EncoderConfig
 from sslim.nn.positions import ConvPositionsConfig
+from sslim.nn.quantizer import QuantizerConfig
 from sslim.nn.relative_positions import RelativePositionsConfig
 
 CONV = tuple(replace(layer, channels=12) for layer in HUBERT_CONV_LAYERS)
 SMALL = {"dim": 32, "num_heads": 4, "feedforward_dim": 48, "conv_kernel_size": 8, "conv_groups": 4}
 NARROW = {"dim": 32, "num_heads": 4, "feedforward_dim": 48}
+CODES = QuantizerConfig(num_codes=(6, 9), code_dims=(8, 16))
 SPACE = SearchSpace(dims=(16, 32), num_heads=(2, 4), feedforward_ratios=(1.0, 1.5), num_layers=(2, 3))
 
 
@@ -97,13 +101,16 @@ CONFIGS: dict[str, Callable[[], ModelConfig]] = {
     "tera": lambda: tera(num_layers=2, **NARROW),
     "tera, pre-norm": lambda: tera(num_layers=2, norm_placement="pre", **NARROW),
     "aalbert": lambda: aalbert(num_layers=3, **NARROW),
+    "apc": lambda: apc(dims=(24, 24)),
+    "vq-apc": lambda: apc(dims=(24, 24), codes=CODES),
+    "npc": lambda: npc(dim=24, codes=CODES),
     "lighthubert": lambda: lighthubert(SPACE, num_layers=3, teacher_dim=20, conv_layers=CONV, **SMALL),  # type: ignore[arg-type]
 }
 FAMILIES: dict[str, Callable[[], SpeechModel]] = {
     name: (lambda make=make: build_model(make(), torch.Generator().manual_seed(0)))  # type: ignore[misc]
     for name, make in CONFIGS.items()
 }
-SPECTRAL = ("melhubert", "mockingjay", "tera", "tera, pre-norm", "aalbert")
+SPECTRAL = ("melhubert", "mockingjay", "tera", "tera, pre-norm", "aalbert", "apc", "vq-apc", "npc")
 FAMILIES["lighthubert, smallest subnet"] = lambda: extract_model(FAMILIES["lighthubert"](), "min")
 
 
@@ -192,7 +199,13 @@ def test_outputs_are_where_the_contract_says(name: str) -> None:
     assert output.final.shape == (1, int(output.lengths[0]), model.config.encoder.dim)
     assert model.frontend is not None
     assert int(output.lengths[0]) == model.frontend.num_frames(8000)
-    assert torch.equal(output.final, output.layers[-1]) == (model.config.encoder.norm_placement == "post")
+    assert [layer.shape[-1] for layer in output.layers] == list(model.config.encoder.layer_dims)
+    encoder = model.config.encoder
+    if isinstance(encoder, EncoderConfig):
+        as_it_is = encoder.norm_placement == "post"
+    else:
+        as_it_is = not isinstance(model.encoder, Encoder) and model.encoder.final_quantizer is None
+    assert torch.equal(output.final, output.layers[-1]) == as_it_is
 
 
 @pytest.mark.parametrize("name", FAMILIES)

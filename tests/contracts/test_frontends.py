@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sslim.batch import Padded
+from sslim.data.feature_presets import PRESETS
 from sslim.frontends import (
     HUBERT_CONV_LAYERS,
     ConvFrontend,
@@ -21,6 +22,7 @@ from sslim.frontends import (
     SpectralFrontendConfig,
     SpectrogramConfig,
     StftConfig,
+    StoredFeaturesConfig,
     build_frontend,
 )
 
@@ -49,6 +51,12 @@ FRONTENDS: dict[str, SpectralFrontendConfig] = {
     "utterance, stacked": SpectralFrontendConfig(
         features=MELHUBERT, normalization=NormalizationConfig(kind="utterance"), stack=2
     ),
+}
+FRONTENDS |= {
+    f"preset {name}": preset.frontend
+    for name, preset in PRESETS.items()
+    if preset.frontend is not None and not isinstance(preset.frontend.features, StoredFeaturesConfig)
+    if name.endswith(("-librosa", "-speaker", "1025")) or name == "spectrogram"
 }
 WIDTHS = (9, 12, 7, 10, 8, 11, 6)
 CONV = tuple(replace(layer, channels=width) for layer, width in zip(HUBERT_CONV_LAYERS, WIDTHS, strict=True))

@@ -29,6 +29,7 @@ EXAMPLES = {  # importer -> (example files, the key their weights are under)
         ("s3prl/tera_fmllr_new_format.ckpt", "SpecHead"),
         ("s3prl/tera_prenorm.ckpt", "Transformer"),
     ],
+    "APC, VQ-APC, NPC": [("predictive/vq_apc.ckpt", "model"), ("predictive/npc.ckpt", "model")],
     "HuBERT": [("hubert/base_fairseq.pt", "model"), ("hubert/large_s3prl_converted.pt", "model_weight")],
     "DPHuBERT": [("dphubert/dphubert.pth", "state_dict"), ("dphubert/dpwavlm.pth", "state_dict")],
     "LightHuBERT": [("lighthubert/synthetic.pt", "model")],

@@ -143,6 +143,16 @@ def test_labels_train_by_masked_prediction_and_then_score(
     assert notes[0]["kept_units"] != notes[1]["kept_units"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_data_scores_are_computed_where_they_are_asked_for(
+    corpus: Corpus, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--keep", "0.5", "--corpus", corpus.path, "--device", "cuda", "--output")
+    assert run("rows", model, "--score", "data", *common, tmp_path / "data") == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+    assert run("rows", model, *common, tmp_path / "l1") == 0  # sizes of weights need none
+
+
 def test_none_is_not_the_default(model: Path, tmp_path: Path) -> None:
     common = ("heads", model, "--keep", "0.5", "--scope", "model", "--output")
     assert run(*common, tmp_path / "default") == 0

@@ -68,6 +68,9 @@ def test_prunings_inside_one_training_that_grows_by_what_is_put_off(finished: Pa
     assert [round(at[step]["sparsity"], 2) for step in (10, 11, 30, 31)] == [0.0, 0.3, 0.3, 0.6]
     assert {each["lr"] for each in records[2:]} == {1e-3}  # what is put off must not find a rate that has gone down
     assert set(held_zeros(pruned)) >= {"encoder.blocks.0.feedforward.up.weight", "encoder.blocks.0.feedforward.up.bias"}
+    described = json.loads((finished / "01-iterative-weights" / "training" / "run.json").read_text())["pruning"]
+    assert described["schedule"] == record["schedule"]
+    assert (described["schedule"]["sparsities"], described["choice"]["biases"]) == ([0.3, 0.6], True)
 
 
 def test_it_is_said_that_zeros_save_no_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from sslim.audio import (
     audio_info,
     frames_of_seconds,
     kaldi_num_frames,
+    longest_wait,
     num_conv_frames,
     num_conv_stack_frames,
     num_resampled_samples,
@@ -283,3 +285,10 @@ def test_conversions_raise_when_not_whole() -> None:
     ):
         with pytest.raises(ValueError, match=named):
             function(*arguments)
+
+
+def test_the_longest_wait_is_that_of_the_worst_frame() -> None:
+    for span, hop, chunk in itertools.product((1, 5, 25, 35), (1, 7, 10, 20), (1, 3, 8, 20, 33, 80)):
+        ends = (t * hop + span for t in range(hop * chunk))
+        worst = max(span + -(-end // chunk) * chunk - end for end in ends)  # to the end of the chunk with the last sample
+        assert longest_wait(span, hop, chunk) == worst

@@ -8,8 +8,8 @@ from sslim.config import ConfigError, from_plain, override, read_json, to_plain
 from sslim.frontends.config import FilterbankConfig, MfccConfig, SpectralFrontendConfig
 from sslim.models import PRESETS, ModelConfig
 from sslim.nn.positions import SinusoidPositionsConfig
-from sslim.recipes import hubert, melhubert
 from sslim.recipes.pretrain import PretrainRecipe
+from sslim.recipes.pretrain_recipes import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,19 @@ def test_every_preset_comes_back(name: str) -> None:
     assert from_plain(ModelConfig, to_plain(config)) == config
 
 
-@pytest.mark.parametrize("name", sorted({**melhubert.RECIPES, **hubert.RECIPES}))
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_comes_back(name: str) -> None:
-    recipe = {**melhubert.RECIPES, **hubert.RECIPES}[name]()
+    recipe = RECIPES[name]()
+    assert recipe.name == name
     assert from_plain(PretrainRecipe, to_plain(recipe)) == recipe
+
+
+def test_recipes_from_before_there_were_several_objectives_can_be_read() -> None:
+    plain = to_plain(RECIPES["melhubert-mini"]())
+    assert "kind" not in plain["objective"]
+    assert from_plain(PretrainRecipe, plain).objective.kind == "masked_prediction"
+    assert to_plain(RECIPES["tera-mini"]())["objective"]["kind"] == "reconstruction"
+    assert "init_deviation" not in plain["model"]["projection"]
 
 
 def test_unions_are_told_apart_by_kind() -> None:
@@ -45,7 +54,7 @@ def test_unions_are_told_apart_by_kind() -> None:
         assert from_plain(ModelConfig, to_plain(changed)) == changed
     frontend = SpectralFrontendConfig(features=MfccConfig(filterbank=FilterbankConfig(num_mel_bins=30)))
     assert from_plain(SpectralFrontendConfig, to_plain(frontend)) == frontend
-    known = "filterbank, mfcc, spectrogram, stft"
+    known = "filterbank, mfcc, spectrogram, stft, stft_mfcc, stored"
     with pytest.raises(ConfigError, match=f"features: kind is 'filterbnk', expected one of {known}; did"):
         from_plain(SpectralFrontendConfig, {"features": {"kind": "filterbnk"}})
 

@@ -50,7 +50,7 @@ def heads_removed(model: SpeechModel, places: Sequence[Place]) -> Iterator[None]
     Raises:
         ValueError: A head that the model does not have.
     """
-    config = model.config.encoder
+    config = model.config.transformer
     lost: dict[int, list[int]] = {}
     for layer, head in places:
         heads = config.blocks[config.depth_map[layer - 1]].num_heads if 1 <= layer <= config.num_layers else 0
@@ -75,8 +75,8 @@ def heads_removed(model: SpeechModel, places: Sequence[Place]) -> Iterator[None]
         context_BTNH[..., lost[depth], :] = 0.0
         return (context_BTNH.flatten(-2), *inputs[1:])
 
-    hooks = [model.encoder.register_forward_pre_hook(start)]
-    for block in model.encoder.blocks:
+    hooks = [model.transformer.register_forward_pre_hook(start)]
+    for block in model.transformer.blocks:
         hooks.append(block.register_forward_pre_hook(enter))
         if block.attention is not None:
             hooks.append(block.attention.output.register_forward_pre_hook(silence))  # type: ignore[union-attr]

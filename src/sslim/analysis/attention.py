@@ -104,7 +104,7 @@ def attention_batches(
     Raises:
         ValueError: No block has attention, or its windows have no matrix of frames to frames.
     """
-    encoder = model.config.encoder
+    encoder = model.config.transformer
     if encoder.has_reference_windows:
         raise ValueError(
             "this model attends by LightHuBERT's windows, which mix frames: its weights have no frame for each key"

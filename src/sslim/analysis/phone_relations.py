@@ -115,7 +115,7 @@ def phone_relations(
     """
     phones = sorted({segment.symbol for alignment in alignments for segment in alignment})
     number = {name: i for i, name in enumerate(phones)}
-    num_heads = [model.config.encoder.blocks[depth].num_heads for depth in model.config.encoder.depth_map]
+    num_heads = [model.config.transformer.blocks[depth].num_heads for depth in model.config.transformer.depth_map]
     maps = torch.zeros(sum(num_heads), len(phones), len(phones), dtype=torch.float64)
     shares = torch.zeros(sum(num_heads), len(RELATIONS), dtype=torch.float64)
     uniform = torch.zeros(len(phones), len(phones), dtype=torch.float64)

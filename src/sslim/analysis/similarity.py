@@ -196,7 +196,7 @@ def measure_similarity(
     Raises:
         ValueError: Frame periods of which neither is a multiple of the other, or a layer never varies.
     """
-    widths = [[model.config.encoder.dim] * (model.num_layers + 1) for model in models]
+    widths = [list(model.config.encoder.layer_dims) for model in models]
     moments = LayerMoments(widths=(widths[0], widths[-1]), is_same=len(models) == 1)
     join = _same if len(models) == 1 else _aligner(models[0], models[1])
     total = len(inputs[0].lengths)
@@ -207,18 +207,18 @@ def measure_similarity(
     return compare_layers(moments, kept_variance)
 
 
-def _layers(model: SpeechModel, inputs: Inputs, position: int) -> Tensor:
-    """(L, T, D) of one utterance."""
+def _layers(model: SpeechModel, inputs: Inputs, position: int) -> list[Tensor]:
+    """(T, D) for each layer, of one utterance."""
     with torch.inference_mode():
         output = run_batch(model, [inputs.read(position)], is_waveform=inputs.is_waveform)
-    return torch.cat(list(output.layers)).float().cpu()
+    return [layer[0].float().cpu() for layer in output.layers]
 
 
-Join = Callable[[Tensor, Tensor], tuple[list[Tensor], list[Tensor]]]
+Join = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
-def _same(first_LTD: Tensor, second_LTD: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    return list(first_LTD), list(second_LTD)
+def _same(first: list[Tensor], second: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return first, second
 
 
 def _aligner(first: SpeechModel, second: SpeechModel) -> Join:
@@ -229,12 +229,14 @@ def _aligner(first: SpeechModel, second: SpeechModel) -> Join:
     slow, fast = (first, second) if slower_first else (second, first)
     alignment = align_frames(fast.frontend, slow.frontend)
 
-    def join(first_LTD: Tensor, second_LTD: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        slow_LTD, fast_LTD = (first_LTD, second_LTD) if slower_first else (second_LTD, first_LTD)
-        num_frames = slow_LTD.shape[1]
-        padded = Padded(values=fast_LTD, lengths=torch.full((len(fast_LTD),), fast_LTD.shape[1]))
-        aligned, found = alignment(padded, torch.full((len(fast_LTD),), num_frames), num_frames)
-        both = list(slow_LTD[:, found[0]]), list(aligned[:, found[0]])
+    def join(first: list[Tensor], second: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        slow, fast = (first, second) if slower_first else (second, first)
+        num_frames = len(slow[0])
+        channels = torch.cat(fast, dim=1)[None]  # every channel is aligned for itself, and layers may differ in width
+        padded = Padded(values=channels, lengths=torch.tensor([channels.shape[1]]))
+        aligned, found = alignment(padded, torch.tensor([num_frames]), num_frames)
+        split = aligned[0, found[0]].split([layer.shape[1] for layer in fast], dim=1)
+        both = [layer[found[0]] for layer in slow], list(split)
         return both if slower_first else (both[1], both[0])
 
     return join

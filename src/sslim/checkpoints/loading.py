@@ -16,6 +16,7 @@ from sslim.checkpoints.importers import (
     huggingface,
     lighthubert,
     melhubert,
+    predictive,
     s3prl,
 )
 from sslim.checkpoints.native import DESCRIPTION, assemble, load_native
@@ -220,5 +221,11 @@ IMPORTERS = (
         recognises=s3prl.recognises,
         convert=s3prl.convert,
         holds="Transformer or Mockingjay, and transformer in Settings.Config, Config or Upstream_Config",
+    ),
+    Importer(
+        name=predictive.NAME,
+        recognises=predictive.recognises,
+        convert=predictive.convert,
+        holds="model, and model.paras in config or Upstream_Config; or rnns.0.weight_ih_l0",
     ),
 )

@@ -32,7 +32,7 @@ class Options:
     corpus: tyro.conf.Positional[Path]
     """Folder that `sslim prepare` wrote."""
     model: Path | None = None
-    """Model folder or checkpoint whose layer is clustered; without it the corpus's features are."""
+    """Model folder, run folder or checkpoint whose layer is clustered; without it the corpus's features are."""
     layer: int | None = None
     """Layer of the model, from 1; 0 is what enters the first block. Stage 2 of MelHuBERT takes layer 8 of 12."""
     mfcc: bool = False
@@ -117,8 +117,9 @@ def _model(options: Options) -> SpeechModel | None:
     if options.layer is None:
         raise ValueError("--model needs --layer: which of its layers to cluster (MelHuBERT's stage 2 takes layer 8 of 12)")
     from sslim.checkpoints import load_model
+    from sslim.checkpoints.model_files import model_path
 
-    return load_model(options.model, statistics=options.statistics).to(options.device)
+    return load_model(model_path(options.model), statistics=options.statistics).to(options.device)
 
 
 def _notes(options: Options) -> dict[str, str]:

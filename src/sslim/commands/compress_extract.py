@@ -26,10 +26,10 @@ class Options:
 def main(options: Options) -> None:
     """Extracts and says what was written."""
     from sslim.checkpoints import load_model, save_model
+    from sslim.checkpoints.model_files import model_path
     from sslim.commands.subnet_choice import subnet_choice
 
-    run = (options.supernet / "run.json").is_file()
-    path = options.supernet / "model" if run else options.supernet
+    path = model_path(options.supernet)
     if options.subnet == "whole":
         raise ValueError("--subnet whole is the supernet itself; name a subnet: default, max, min, a JSON object or a file")
     if options.output.exists() and not options.output.is_dir():

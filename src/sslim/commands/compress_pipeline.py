@@ -12,8 +12,27 @@ import tyro
 class Options:
     """Run the steps of PIPELINE on MODEL. The same command continues an interrupted run.
 
-    A file may look like this, each on a line of its own: `[recover]`, `minutes = 2`, `[[step]]`, `method = "heads"`,
-    `keep = 0.5`, `rounds = 2`, `[[step]]`, `method = "rows"`, `budget = "latency_ms=12"`, `[[step]]`, `method = "quantize"`.
+    Methods that cut: heads, rows, width, depth, sharing, low-rank, weights, quantize. Methods that train while they compress,
+    with a training of their own: gates, iterative-weights, distil. `sslim compress METHOD --help` says what each does
+    (iterative-weights is `weights` with --schedule). A file may look like this:
+
+    | [recover]                      # training after every cut
+    | minutes = 2
+    | [[step]]
+    | method = "heads"
+    | keep = 0.5
+    | rounds = 2
+    | [[step]]
+    | method = "rows"
+    | budget = "latency_ms=12"
+    | [[step]]
+    | method = "iterative-weights"
+    | schedule = {sparsities = [0.3, 0.5], warm_up = 500, period = 500}
+    | training = {steps = 500}
+    | recover = false
+    | [[step]]
+    | method = "quantize"
+
     Example: `sslim compress pipeline small.toml runs/teacher --corpus corpora/speech --output runs/small`.
     """
 

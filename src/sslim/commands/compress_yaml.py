@@ -51,6 +51,8 @@ def main(options: Options) -> None:
     from sslim.recipes.compression_table import printed_table
     from sslim.recipes.compression_yaml import read_compression_yaml
     from sslim.recipes.melhubert_yaml import corpus_of_sets
+    from sslim.training import Processes
+    from sslim.training.distributed import on_main
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -61,12 +63,14 @@ def main(options: Options) -> None:
 
     recipe = read_compression_yaml(options.model_config, options.runner_config)
     training = replace(recipe.training, precision=options.precision, device=options.device, seed=options.seed)
-    corpus = options.corpus or corpus_of_sets(recipe.sets, options.output, say)
+    corpus = options.corpus or Path(on_main(lambda: str(corpus_of_sets(recipe.sets, options.output, say))))
     interrupted = run_compression(
         replace(recipe, training=training), options.model, corpus, options.output, labels_name=options.labels, say=say
     )
     if interrupted is not None:
         print(f"stopped at step {interrupted.step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(interrupted.exit_code)
+    if not Processes.of_environment().is_main:
+        return
     Console(width=110, highlight=False).print(printed_table(options.output))
     say(f"model: {options.output / 'model'}   next: sslim profile {options.output / 'model'} --baseline {options.model}")

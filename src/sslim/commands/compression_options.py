@@ -35,7 +35,8 @@ class CompressionOptions:
     recover_minutes: float | None = None
     """Stop that training after this long, or after --recover-steps (2,000 when not given)."""
     loss: str | None = None
-    """layers (from the model before the cut, the default), prediction (of --labels), or a loss of `compress distil`."""
+    """layers (from the model before the cut, the default), prediction (of --labels), reconstruction (by TERA's own head and its
+    like; for data scores too), or a loss of `compress distil`."""
     labels: str | None = None
     """Label set to predict, for data scores and for training, in place of the model before the cut."""
     learning_rate: float | None = None
@@ -51,7 +52,7 @@ class CompressionOptions:
     threads: int = 0
     """Threads that latency is measured with (0: one), and torch's own while training (0: its own choice)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    """Where data scores are computed, and where to train."""
     seed: int = 0
     """Decides everything random."""
 
@@ -80,9 +81,11 @@ class CompressionOptions:
 
     def _check_nothing_is_trained(self) -> None:
         """Refuses options that would do nothing without training."""
-        given = [name for name in ("loss", "learning_rate", "batch_s") if getattr(self, name) is not None]
+        scores = getattr(self, "score", None) == "data"
+        given = ["loss"] if self.loss is not None and not (scores and self.loss == "reconstruction") else []
+        given += [name for name in ("learning_rate", "batch_s") if getattr(self, name) is not None]
         given += ["precision"] if self.precision != "fp32" else []
-        given += ["labels"] if self.labels is not None and getattr(self, "score", None) != "data" else []
+        given += ["labels"] if self.labels is not None and not scores else []
         if given:
             told = " or for --score data" if given[0] == "labels" and hasattr(self, "score") else ""
             raise ValueError(
@@ -112,7 +115,13 @@ class CompressionOptions:
         labels = self.labels if step.recover is None and step.method in METHODS else None
         return Pipeline(
             steps=(step,),
-            calibration=CalibrationConfig(num_utterances=self.calibration_utterances, seed=self.seed, labels=labels),
+            calibration=CalibrationConfig(
+                num_utterances=self.calibration_utterances,
+                seed=self.seed,
+                labels=labels,
+                reconstruct=step.recover is None and self.loss == "reconstruction",
+                device=self.device,
+            ),
             conditions=Conditions(seconds=self.seconds, threads=self.threads or 1),
         )
 
@@ -130,6 +139,7 @@ def run_pipeline(pipeline: Pipeline, model: Path, corpus: Path | None, output: P
     from sslim.recipes.compression_table import printed_table
     from sslim.recipes.model_card import CARD
     from sslim.recipes.pipeline import compress
+    from sslim.training import Processes
 
     if threads:
         torch.set_num_threads(threads)
@@ -142,5 +152,7 @@ def run_pipeline(pipeline: Pipeline, model: Path, corpus: Path | None, output: P
     if interrupted is not None:
         print(f"stopped at step {interrupted.step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(interrupted.exit_code)
+    if not Processes.of_environment().is_main:
+        return
     Console(width=TABLE_WIDTH, highlight=False).print(printed_table(output))
     say(f"model: {output / 'model'}   its card: {output / CARD}   next: sslim profile {output / 'model'} --baseline {model}")

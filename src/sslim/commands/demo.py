@@ -68,10 +68,6 @@ def _run(step: Step, number: int, config: DemoConfig, console: Console) -> None:
         console.print("done before, skipped", style="dim")
         return
     verb, *arguments = step.command
-    if verb == "report":
-        from sslim.recipes.demo import add_example
-
-        add_example(config)
     module = importlib.import_module(f"sslim.commands.{verb}")
     began = time.monotonic()
     module.main(tyro.cli(module.Options, prog=f"sslim {verb}", args=arguments))

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 LINE_PERIOD_S = 10.0  # between lines of progress where there is no terminal
 NUM_QUARANTINED_SHOWN = 3
 
-Kind = Literal["kaldi", "melhubert", "numpy", "speech-commands", "digits", "librispeech", "folder"]
-Features = Literal["melhubert", "fbank80", "fbank240", "mfcc39", "spectrogram", "waveform"]
+Kind = Literal["kaldi", "melhubert", "ark", "len-for-bucket", "numpy", "speech-commands", "digits", "librispeech", "folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +40,17 @@ class Options:
             source is found without it.
         label_column: Column of that file to take as label.
         speaker_column: Column of that file to take as speaker.
+        alignments: Phones to put into the manifest: CPC's converted_aligned_phones.txt, or a folder of the Montreal aligner's
+            text files (start end phone).
         stored_features: Take the features of a Kaldi directory although it has audio.
-        features: What to compute from audio; melhubert (the default) is 40 log-Mel bins, waveform writes a manifest only,
-            for models that take waveforms.
+        frame_shift_ms: Stored features of which nothing says what they are: milliseconds from one frame to the next.
+        audio_root: Folder that the paths of S3PRL's tables of lengths start from.
+        features: What to compute from audio, or what stored features are: melhubert (the default; 40 log-Mel bins), fbank80,
+            fbank240, fbank80-hamming, fbank80-speaker, mfcc13, mfcc39, mfcc39-speaker, mfcc24-voxceleb, spectrogram (Kaldi's);
+            logmel80, linear201, mfcc13-torch, mfcc39-torch (torchaudio's); fbank80-librosa, fbank160-librosa, fbank240-librosa,
+            mel80-librosa, mel160-librosa, mel240-librosa, mfcc13-librosa, mfcc39-librosa, linear1025 (librosa's); fmllr40
+            (stored ones only); waveform (a manifest only, for models that take waveforms). NAME@1 is an earlier definition
+            of NAME; docs/features.md defines them all.
         max_bad: Share of the utterances that may be unreadable before the preparation stops.
         jobs: Threads; as many as there are cores when not given.
         synthetic: Speak this many utterances with espeak-ng, with exact phone times, and prepare them.
@@ -57,8 +64,11 @@ class Options:
     metadata: Path | None = None
     label_column: str | None = None
     speaker_column: str | None = None
+    alignments: Path | None = None
     stored_features: bool = False
-    features: Features | None = None
+    frame_shift_ms: float | None = None
+    audio_root: Path | None = None
+    features: str | None = None
     max_bad: float = 0.01
     jobs: int | None = None
     synthetic: int | None = None
@@ -69,7 +79,7 @@ def main(options: Options) -> None:
     """Prepares a corpus and prints what it holds."""
     from rich.console import Console
 
-    from sslim.data.feature_presets import FEATURES
+    from sslim.data.feature_presets import feature_preset
     from sslim.data.prepare import prepare
 
     console = Console(highlight=False)
@@ -78,7 +88,7 @@ def main(options: Options) -> None:
         outcome = prepare(
             load,
             folder,
-            FEATURES[options.features or "melhubert"],
+            feature_preset(options.features or "melhubert"),
             max_bad=options.max_bad,
             jobs=options.jobs,
             origin=origin,
@@ -92,11 +102,13 @@ def main(options: Options) -> None:
 def _request(options: Options, console: Console, view: _ProgressView) -> tuple[Path, dict[str, Any], Any]:
     """The corpus folder, the description of what is asked for, and the function that reads the sources."""
     from sslim.data.audio_sources import SourceOptions
-    from sslim.data.feature_presets import FEATURES
+    from sslim.data.feature_presets import feature_preset, recorded_name
+    from sslim.data.phone_alignments import read_phone_alignments, with_alignments
     from sslim.data.prepare import detect_source, load_source, merge_sources
 
+    features = recorded_name(options.features or "melhubert")
     if options.synthetic is not None:
-        return _synthetic_request(options, view)
+        return _synthetic_request(options, features, view)
     if options.corpus is None:
         raise ValueError(f"sslim prepare needs a SOURCE and a CORPUS folder to write, only {options.source} was given")
     source_options = SourceOptions(
@@ -104,9 +116,15 @@ def _request(options: Options, console: Console, view: _ProgressView) -> tuple[P
         label_column=options.label_column,
         speaker_column=options.speaker_column,
         stored_features=options.stored_features,
+        frame_shift_ms=options.frame_shift_ms,
+        audio_root=None if options.audio_root is None else Path(os.path.abspath(options.audio_root)),
+        features=options.features,
     )
     requests: list[tuple[Path, str, SourceOptions]] = []
-    asked = [(options.source, source_options, options.kind), *((path, SourceOptions(), None) for path in options.also)]
+    asked = [
+        (options.source, source_options, options.kind),
+        *((path, SourceOptions(features=options.features), None) for path in options.also),
+    ]
     for path, chosen, forced in asked:
         kind, reason = (forced, "") if forced else detect_source(path, chosen)
         if reason:
@@ -116,16 +134,17 @@ def _request(options: Options, console: Console, view: _ProgressView) -> tuple[P
     def load() -> Source:
         sources = [load_source(*request) for request in requests]
         source = merge_sources(sources[0], sources[1:]) if len(sources) > 1 else sources[0]
+        if options.alignments is not None:
+            source = with_alignments(source, read_phone_alignments(options.alignments), options.alignments.name)
         if source.note:
             console.print(source.note, soft_wrap=True)
-        if source.frontend is not None and options.features is not None and source.frontend != FEATURES[options.features]:
+        if source.frontend is not None and options.features and source.frontend != feature_preset(options.features):
             raise ValueError(f"{source.name} holds stored features: --features {options.features} cannot be computed from them")
         return source
 
-    origin = {
-        "sources": [_plain_request(*request) for request in requests],
-        "features": options.features or "melhubert",
-    }
+    origin: dict[str, Any] = {"sources": [_plain_request(*request) for request in requests], "features": features}
+    if options.alignments is not None:
+        origin["alignments"] = str(options.alignments.resolve())
     return options.corpus, origin, load
 
 
@@ -133,13 +152,15 @@ def _plain_request(path: Path, kind: str, chosen: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(chosen).items()}
+    values.pop("features")  # of the whole corpus
     return {"path": str(path), "kind": kind, **{name: value for name, value in values.items() if value not in (None, False)}}
 
 
-def _synthetic_request(options: Options, view: _ProgressView) -> tuple[Path, dict[str, Any], Any]:
+def _synthetic_request(options: Options, features: str, view: _ProgressView) -> tuple[Path, dict[str, Any], Any]:
     if options.corpus is not None:
         raise ValueError(f"with --synthetic there is no source, only a CORPUS folder: leave out {options.corpus}")
-    for name in ("kind", "also", "metadata", "label_column", "speaker_column", "stored_features"):
+    sources_only = ("kind", "also", "metadata", "label_column", "speaker_column", "alignments", "stored_features")
+    for name in (*sources_only, "frame_shift_ms", "audio_root"):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with --synthetic, which reads no source")
     if options.synthetic is None or options.synthetic < 1:
@@ -158,7 +179,7 @@ def _synthetic_request(options: Options, view: _ProgressView) -> tuple[Path, dic
             progress=view.spoken,
         )
 
-    return folder, {"synthetic": num_utterances, "seed": options.seed, "features": options.features or "melhubert"}, load
+    return folder, {"synthetic": num_utterances, "seed": options.seed, "features": features}, load
 
 
 class _ProgressView:

@@ -23,12 +23,13 @@ class Options:
         recipe: Name of a recipe, or a JSON file with one (a run's run.json will do). Not with --model-config.
         corpus: Folder made by `sslim prepare`. With --model-config it may be left out: the runner's CSV files are prepared.
         output: Run folder.
-        labels: Label set made by `sslim cluster`; needed when the corpus has several.
+        labels: Label set made by `sslim cluster`; needed when the corpus has several. Not for recipes that learn without
+            labels, such as tera-mini.
         model_config: MelHuBERT's model YAML, as it is.
         runner_config: MelHuBERT's runner YAML, as it is.
         init_from: Model to start from: a native folder, a run, or a foreign checkpoint.
         init_optimizer: Take over the optimiser state of the run given to --init-from.
-        keep_head: Keep the prediction head of --init-from (its labels must be the same).
+        keep_head: Keep the prediction head of --init-from (its labels, or the features to restore, must be the same).
         iterations: Cluster and train this many times, as the recipe's targets say: MFCC first, then a layer of the model
             before. Runs are OUTPUT/iteration-1 and so on; --labels and --init-from are for the first.
         steps: Optimiser steps.
@@ -104,40 +105,39 @@ def changes_of(options: Options) -> dict[str, Any]:
 
 def changed(recipe: PretrainRecipe, changes: dict[str, Any]) -> PretrainRecipe:
     """Returns the recipe with dotted keys replaced, checked as strictly as a recipe file."""
-    from sslim.config import from_plain, nearest, to_plain
+    from sslim.config import from_plain, to_plain
 
     values = to_plain(recipe)
     for dotted, value in changes.items():
         section, *path = [values, *dotted.split(".")]
         for name in path[:-1]:
-            if not isinstance(section, dict) or name not in section:
-                raise ValueError(f"the recipe has no setting {dotted!r}{nearest(name, section)}")
-            section = section[name]
-        if not isinstance(section, dict) or path[-1] not in section:
-            raise ValueError(f"the recipe has no setting {dotted!r}{nearest(path[-1], section)}")
+            if isinstance(section, dict) and section.get(name) is None:
+                section[name] = {}  # not set so far; whether there is such a setting shows when all is read
+            section = section[name] if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise ValueError(f"the recipe has no setting {dotted!r}: {'.'.join(path[:-1])} has no parts")
         section[path[-1]] = value
     return from_plain(type(recipe), values, "recipe")
 
 
 def _recipe(options: Options) -> tuple[PretrainRecipe, tuple[str, ...]]:
     from sslim.config import nearest
-    from sslim.recipes import hubert, melhubert
     from sslim.recipes.melhubert_yaml import read_melhubert_yaml
     from sslim.recipes.pretrain import read_recipe
+    from sslim.recipes.pretrain_recipes import RECIPES
 
-    recipes = {**melhubert.RECIPES, **hubert.RECIPES}
     if (options.model_config is None) != (options.runner_config is None):
         raise ValueError("--model-config and --runner-config belong together: give both")
     if options.model_config is not None and options.runner_config is not None:
         return read_melhubert_yaml(options.model_config, options.runner_config)
     if options.recipe is None:
-        raise ValueError(f"no recipe given: name one of {', '.join(recipes)}, or a JSON file")
-    if options.recipe in recipes:
-        return recipes[options.recipe](), ()
+        raise ValueError(f"no recipe given: name one of {', '.join(RECIPES)}, or a JSON file")
+    if options.recipe in RECIPES:
+        return RECIPES[options.recipe](), ()
     if options.recipe.endswith(".json"):
         return read_recipe(Path(options.recipe)), ()
     raise ValueError(
-        f"no recipe {options.recipe!r}{nearest(options.recipe, recipes)}; there are {', '.join(recipes)}, or a JSON file"
+        f"no recipe {options.recipe!r}{nearest(options.recipe, RECIPES)}; there are {', '.join(RECIPES)}, or a JSON file"
     )
 
 
@@ -159,6 +159,7 @@ def main(options: Options) -> None:
 
     from sslim.recipes.iterations import pretrain_iterations
     from sslim.recipes.pretrain import pretrain
+    from sslim.recipes.report_example import add_example
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -183,4 +184,5 @@ def main(options: Options) -> None:
         print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(result.exit_code)
     if int(os.environ.get("RANK", "0")) == 0:
+        add_example(output, recipe, corpus)
         print(f"model: {output / 'model'}   next: sslim probe … or sslim report {output}")

@@ -91,7 +91,8 @@ def prune_depth(model: SpeechModel, settings: DepthPruning, calibration: Calibra
     Raises:
         ValueError: No calibration speech, more layers than there are, or angles that are not finite.
     """
-    chosen = _chosen(model, settings, calibration, model.num_layers - _num_kept(settings, model.num_layers))
+    num_layers = model.config.transformer.num_layers
+    chosen = _chosen(model, settings, calibration, num_layers - _num_kept(settings, num_layers))
     return cut(model, _without(model.config, chosen), {"step": "depth", **to_plain(settings), "removed_depths": chosen})
 
 
@@ -110,7 +111,7 @@ def depth_left(
     """
     known: dict[int, list[int]] = {}
     if settings.choose == "greedy":  # what goes first goes first, however many go
-        order = _chosen(model, settings, calibration, model.num_layers - 1)
+        order = _chosen(model, settings, calibration, model.config.transformer.num_layers - 1)
         known = {number: order[:number] for number in range(model.num_layers)}
 
     def left(keep: float) -> ModelConfig:
@@ -131,7 +132,7 @@ def depth_config(config: ModelConfig, settings: DepthPruning) -> ModelConfig:
         ValueError: More layers than there are, or the number of parameters depends on the choice: layers differ in size, or
             share blocks of which one may or may not be left without a layer.
     """
-    encoder = config.encoder
+    encoder = config.transformer
     num_kept = _num_kept(settings, encoder.num_layers)
     uses = [encoder.depth_map.count(block) for block in set(encoder.depth_map)]
     alike = len({_size(encoder.blocks[block]) for block in set(encoder.depth_map)}) == 1 and max(uses) == 1
@@ -159,7 +160,7 @@ def _chosen(model: SpeechModel, settings: DepthPruning, calibration: Calibration
 
 
 def _without(config: ModelConfig, dropped: Sequence[int]) -> Units:
-    whole = Units.full(config.encoder)
+    whole = Units.full(config.transformer)
     return replace(whole, depths=tuple(depth for depth in whole.depths if depth not in dropped))
 
 
@@ -171,7 +172,7 @@ def _num_kept(settings: DepthPruning, num_layers: int) -> int:
 
 
 def _greedy(model: SpeechModel, features: Sequence[Padded], num_dropped: int) -> list[int]:
-    whole = Units.full(model.config.encoder)
+    whole = Units.full(model.config.transformer)
     left, dropped = list(whole.depths), []
     for _ in range(num_dropped):
         with torch.no_grad():

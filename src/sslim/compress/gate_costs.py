@@ -73,13 +73,13 @@ class ParameterCosts:
 
 def parameter_costs(config: ModelConfig) -> ParameterCosts:
     """Returns the coefficients of a model's number of parameters."""
-    config = keeping_norms(config, range(len(config.encoder.blocks)))
+    config = keeping_norms(config, range(len(config.transformer.blocks)))
     bare = _with_block_sizes(config, {})
-    blocks = range(len(config.encoder.blocks))
+    blocks = range(len(config.transformer.blocks))
     rest = count_parameters(bare, with_heads=False)
 
     def part(index: int, kind: str) -> Part:
-        block = config.encoder.blocks[index]
+        block = config.transformer.blocks[index]
         most = block.num_heads if kind == "heads" else block.feedforward_dim
         if not most:
             return Part(each=0, fixed=0)
@@ -128,9 +128,9 @@ def _with_block_sizes(config: ModelConfig, sizes: Mapping[tuple[int, str], int])
             feedforward_dim=sizes.get((index, "feedforward"), 0),
             head_ids=None,  # which ones they are does not count
         )
-        for index, block in enumerate(config.encoder.blocks)
+        for index, block in enumerate(config.transformer.blocks)
     )
-    return replace(config, encoder=replace(config.encoder, blocks=blocks))
+    return replace(config, encoder=replace(config.transformer, blocks=blocks))
 
 
 def keeping_norms(config: ModelConfig, blocks: Container[int]) -> ModelConfig:
@@ -138,7 +138,7 @@ def keeping_norms(config: ModelConfig, blocks: Container[int]) -> ModelConfig:
 
     A block that lacks a part and its norm already stays as it is; it cannot lose the other part, see :func:`can_vanish`.
     """
-    encoder = config.encoder
+    encoder = config.transformer
     if encoder.norm_placement == "pre":
         return config
     kept = tuple(

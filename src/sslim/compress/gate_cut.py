@@ -46,7 +46,7 @@ def cut_gates(model: SpeechModel, gates: Gates) -> SpeechModel:
     """
     require_float(model)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    encoder = model.config.encoder
+    encoder = model.config.transformer
     heads, feedforward = (_fold(encoder, state, gates, kind) for kind in BLOCK_OUTPUTS)
     lost = [
         index
@@ -106,7 +106,7 @@ def cut_channels(model: SpeechModel, gates: Sequence[Tensor]) -> SpeechModel:
     embeddings = [
         name
         for name, head in config.heads.items()
-        if isinstance(head, MaskEmbeddingConfig) and head.dim == config.projection.feature_dim != config.encoder.dim
+        if isinstance(head, MaskEmbeddingConfig) and head.dim == config.projection.feature_dim != config.transformer.dim
     ]
     for name, tensor in state.items():
         if (axes := _channel_axes(name, embeddings)) is not None:

@@ -220,8 +220,8 @@ class Gates(nn.Module):
             raise ValueError(
                 f"the gates are for a {self.config.family} model of other sizes than this {model.config.family} model"
             )
-        for index, block in enumerate(model.encoder.blocks):
-            self._attach_block(index, cast(Block, block), model.config.encoder.blocks[index].head_dim)
+        for index, block in enumerate(model.transformer.blocks):
+            self._attach_block(index, cast(Block, block), model.config.transformer.blocks[index].head_dim)
         if self.channels:
             self._attach_frontend(cast(ConvFrontend, model.frontend), model.projection)
 
@@ -314,7 +314,7 @@ def _rounded(values: Tensor | None) -> list[float] | None:
 
 def _sizes(config: ModelConfig) -> Mapping[Kind, dict[int, int]]:
     """Heads and units of every block, channels of every convolution, by number from 0."""
-    blocks = config.encoder.blocks
+    blocks = config.transformer.blocks
     layers = config.frontend.layers if isinstance(config.frontend, ConvFrontendConfig) else ()
     return {
         "heads": {index: block.num_heads for index, block in enumerate(blocks)},
@@ -327,7 +327,7 @@ def _least(config: ModelConfig, kind: Kind) -> list[int]:
     """How many gates of each part stay open in any case: a convolution is nothing without channels."""
     if kind == "channels":
         return [1] * len(_sizes(config)[kind])
-    return [int(not can_vanish(config.encoder, block)) for block in config.encoder.blocks]
+    return [int(not can_vanish(config.transformer, block)) for block in config.transformer.blocks]
 
 
 def _initial(count: int, start: float, generator: torch.Generator | None) -> nn.Parameter:

@@ -81,11 +81,11 @@ def prune_heads(model: SpeechModel, settings: HeadPruning, calibration: Calibrat
         ValueError: A number of heads that the model cannot keep, data scores without a loss, scores that are not finite, or a
             block with LightHuBERT's windows, whose faults make heads depend on one another.
     """
-    counts = [block.num_heads for block in model.config.encoder.blocks]
+    counts = [block.num_heads for block in model.config.transformer.blocks]
     _check_number(settings, counts)
     kept = _choose(_scores(model, settings, calibration), settings)
-    _check_independence(model.config.encoder.blocks, kept)
-    units = replace(Units.full(model.config.encoder), heads=kept)
+    _check_independence(model.config.transformer.blocks, kept)
+    units = replace(Units.full(model.config.transformer), heads=kept)
     return cut(model, units, {"step": "heads", **to_plain(settings), "removed_heads": removed_heads(model, kept)})
 
 
@@ -100,7 +100,7 @@ def heads_kept(model: SpeechModel, settings: HeadPruning, calibration: Calibrati
     Raises:
         ValueError: As :func:`prune_heads`; the function that is returned, too.
     """
-    scores, blocks = _scores(model, settings, calibration), model.config.encoder.blocks
+    scores, blocks = _scores(model, settings, calibration), model.config.transformer.blocks
 
     def kept(keep: float) -> Chosen:
         chosen = _choose(scores, replace(settings, keep=keep, num_kept=None))
@@ -126,14 +126,14 @@ def heads_config(config: ModelConfig, settings: HeadPruning) -> ModelConfig:
         ValueError: As :func:`prune_heads`; and with scope ``model`` where heads of one layer have more parameters than those of
             another, so that the number of parameters depends on scores.
     """
-    blocks = config.encoder.blocks
+    blocks = config.transformer.blocks
     counts = [block.num_heads for block in blocks]
     _check_number(settings, counts)
     if settings.scope == "model" and len({_head_cost(block) for block in blocks if block.num_heads}) > 1:
         raise ValueError("heads differ in width or rank between layers: with scope 'model' the size left depends on scores")
     kept = _choose(tuple(-torch.arange(count, dtype=torch.float64) for count in counts), replace(settings, normalize=None))
     _check_independence(blocks, kept)
-    return slice_model_config(config, replace(Units.full(config.encoder), heads=kept))
+    return slice_model_config(config, replace(Units.full(config.transformer), heads=kept))
 
 
 def surviving_heads(model: SpeechModel) -> Chosen:

@@ -41,7 +41,7 @@ def head_weights(model: SpeechModel, *, with_output: bool = False) -> Scores:
         with_output: Whether the head's columns of the output map count too; they do not in the reference.
     """
     scores = []
-    for described, block in zip(model.config.encoder.blocks, _blocks(model), strict=True):
+    for described, block in zip(model.config.transformer.blocks, _blocks(model), strict=True):
         if block.attention is None:
             scores.append(_empty())
             continue
@@ -72,7 +72,7 @@ def head_sensitivities(model: SpeechModel, calibration: Calibration | None) -> S
         ValueError: There are no losses, or a score is not finite.
     """
     watched = [None if block.attention is None else block.attention.output for block in _blocks(model)]
-    shapes = [(block.num_heads, block.head_dim) for block in model.config.encoder.blocks]
+    shapes = [(block.num_heads, block.head_dim) for block in model.config.transformer.blocks]
     return _finite(_sensitivities(model, calibration, watched, shapes), "heads")
 
 
@@ -89,7 +89,7 @@ def unit_sensitivities(model: SpeechModel, calibration: Calibration | None) -> S
         ValueError: There are no losses, or a score is not finite.
     """
     watched = [None if block.feedforward is None else block.feedforward.down for block in _blocks(model)]
-    shapes = [(block.feedforward_dim, 1) for block in model.config.encoder.blocks]
+    shapes = [(block.feedforward_dim, 1) for block in model.config.transformer.blocks]
     return _finite(_sensitivities(model, calibration, watched, shapes), "feed-forward units")
 
 
@@ -153,7 +153,7 @@ def _ranked(scores: Tensor) -> list[int]:
 
 
 def _blocks(model: SpeechModel) -> list[Block]:
-    return list(model.encoder.blocks)  # type: ignore[arg-type]
+    return list(model.transformer.blocks)  # type: ignore[arg-type]
 
 
 def _empty() -> Tensor:

@@ -114,7 +114,7 @@ def factorize(model: SpeechModel, settings: LowRank, calibration: Calibration | 
         ValueError: A quantised model, no calibration speech for ``whiten``, a budget below what rank 1 leaves, or weights or
             speech that are not finite.
     """
-    maps = maps_of(model.config.encoder, settings.maps)
+    maps = maps_of(model.config.transformer, settings.maps)
     spectrum = _spectra(model, settings, maps, calibration)
     ranks = _ranks(model.config, settings, maps, lambda part: spectrum(part).energies)
     state, left = dict(model.state_dict()), [1.0] * len(maps)
@@ -144,7 +144,7 @@ def low_rank_left(
     Raises:
         ValueError: As :func:`factorize`; the function that is returned, too.
     """
-    maps = maps_of(model.config.encoder, settings.maps)
+    maps = maps_of(model.config.transformer, settings.maps)
     spectrum = _spectra(model, settings, maps, calibration)
     energies = {part: spectrum(part).energies for part in maps}
 
@@ -157,7 +157,8 @@ def low_rank_left(
 
 def least_share(config: ModelConfig, settings: LowRank) -> float:
     """Returns the smallest ``params`` that :func:`factorize` can leave: rank 1 everywhere that settings allow."""
-    least, whole = _least_parameters(config, maps_of(config.encoder, settings.maps)), count_parameters(config, with_heads=False)
+    least = _least_parameters(config, maps_of(config.transformer, settings.maps))
+    whole = count_parameters(config, with_heads=False)
     share = least / whole
     return share if int(share * whole) >= least else math.nextafter(share, 1.0)
 
@@ -170,7 +171,7 @@ def low_rank_config(config: ModelConfig, settings: LowRank) -> ModelConfig:
     """
     if settings.ratio is None:
         raise ValueError("with energy or params the ranks depend on singular values; with ratio they are known beforehand")
-    maps = maps_of(config.encoder, settings.maps)
+    maps = maps_of(config.transformer, settings.maps)
     return _with_ranks(config, maps, _ranks(config, settings, maps))
 
 
@@ -316,11 +317,11 @@ def _shares(energies: Tensor) -> list[float]:
 
 
 def _with_ranks(config: ModelConfig, maps: Sequence[Map], ranks: Sequence[int | None]) -> ModelConfig:
-    blocks = list(config.encoder.blocks)
+    blocks = list(config.transformer.blocks)
     for part, rank in zip(maps, ranks, strict=True):
         block = blocks[part.block]
         blocks[part.block] = replace(block, ranks=replace(block.ranks, **{part.name: rank}))
-    return replace(config, encoder=replace(config.encoder, blocks=tuple(blocks)), search_space=None)
+    return replace(config, encoder=replace(config.transformer, blocks=tuple(blocks)), search_space=None)
 
 
 def _note(maps: Sequence[Map], ranks: Sequence[int | None], left: Sequence[float]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sslim.nn.encoder import BlockConfig
 from sslim.nn.slicing import Units
 
 Apply = Callable[[SpeechModel, Any, Calibration | None], SpeechModel]
-Plan = Callable[[SpeechModel, Any, Calibration | None], Callable[[float], ModelConfig]]
+Plan = Callable[[SpeechModel, Any, Calibration | None], Callable[..., ModelConfig]]
 Round = Callable[[Any, SpeechModel, SpeechModel, float], Any]
 
 
@@ -37,6 +37,8 @@ class Method:
         instead: Settings that may be given in place of the strength.
         plan: Model, settings and calibration speech to a function from any strength to the description of what that leaves,
             for budgets; None where the strength changes no cost that a budget knows.
+        coarse: A setting that what ``plan`` gives takes beside the strength: the share kept of parts so large that a budget
+            fixes their number first and fills up with the others; None where all parts are alike.
         least: Smallest strength that a model allows, for budgets.
         in_round: Settings for the whole step, the model before its first round, the model at hand, and the share of the rounds
             that the next one completes, to the settings of that round; strengths fall by equal factors.
@@ -51,6 +53,7 @@ class Method:
     nothing: float = 1.0
     instead: tuple[str, ...] = ()
     plan: Plan | None = None
+    coarse: str | None = None
     least: Callable[[ModelConfig, Any], float] = lambda config, settings: 0.0
     in_round: Round = lambda settings, start, now, progress: settings
     looks_at_speech: Callable[[Any], bool] = lambda settings: False
@@ -67,28 +70,28 @@ def _scored_on_data(settings: Any) -> bool:
 
 
 def _heads_plan(model: SpeechModel, settings: HeadPruning, calibration: Calibration | None) -> Callable[[float], ModelConfig]:
-    kept, whole = heads_kept(model, settings, calibration), Units.full(model.config.encoder)
+    kept, whole = heads_kept(model, settings, calibration), Units.full(model.config.transformer)
     return lambda keep: slice_model_config(model.config, replace(whole, heads=kept(keep)))
 
 
 def _rows_plan(model: SpeechModel, settings: RowPruning, calibration: Calibration | None) -> Callable[[float], ModelConfig]:
-    kept, whole = rows_kept(model, settings, calibration), Units.full(model.config.encoder)
+    kept, whole = rows_kept(model, settings, calibration), Units.full(model.config.transformer)
     return lambda keep: slice_model_config(model.config, replace(whole, feedforward=kept(keep)))
 
 
-def _width_plan(model: SpeechModel, settings: WidthPruning, calibration: Calibration | None) -> Callable[[float], ModelConfig]:
+def _width_plan(model: SpeechModel, settings: WidthPruning, calibration: Calibration | None) -> Callable[..., ModelConfig]:
     kept = width_kept(model, settings, calibration)
-    return lambda keep: slice_model_config(model.config, kept(keep))
+    return lambda keep, keep_heads=None: slice_model_config(model.config, kept(keep, keep_heads))
 
 
 def _one_of_all(config: ModelConfig, settings: Any) -> float:
     """A share so small that one head and one unit of a layer are left."""
-    widest = max((max(block.num_heads, block.feedforward_dim) for block in config.encoder.blocks), default=1)
+    widest = max((max(block.num_heads, block.feedforward_dim) for block in config.transformer.blocks), default=1)
     return 1.0 / max(widest, 1)
 
 
 def _one_layer(config: ModelConfig, settings: Any) -> float:
-    return 1.0 / max(config.encoder.num_layers, 1)
+    return 1.0 / max(config.transformer.num_layers, 1)
 
 
 def _num_heads(block: BlockConfig) -> int:
@@ -110,7 +113,7 @@ def _share_left(start: SpeechModel, now: SpeechModel, count: Callable[[BlockConf
 
 
 def _counts(config: ModelConfig, count: Callable[[BlockConfig], int]) -> Sequence[int]:
-    return [count(config.encoder.blocks[number]) for number in sorted(set(config.encoder.depth_map))]
+    return [count(config.transformer.blocks[number]) for number in sorted(set(config.transformer.depth_map))]
 
 
 def _next_share(keep: float, left: float, progress: float) -> float:
@@ -180,6 +183,7 @@ METHODS: dict[str, Method] = {
         apply=prune_width,
         strength="keep",
         plan=_width_plan,
+        coarse="keep_heads",
         least=_one_of_all,
         in_round=_width_round,
         looks_at_speech=_scored_on_data,

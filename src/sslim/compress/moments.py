@@ -107,7 +107,7 @@ def _run(model: SpeechModel, batch: Padded) -> None:
     with torch.no_grad():
         embedded = model.embed(batch)
         full = bool((batch.lengths == batch.values.shape[1]).all())
-        model.encoder(embedded.values, None if full else embedded.lengths)
+        model.transformer(embedded.values, None if full else embedded.lengths)
 
 
 def _moments(watched: Watched, sums: _Sums) -> Moments:

@@ -67,7 +67,7 @@ def origins(model: SpeechModel) -> Origins:
 
     It reads the notes of this package and the ``kept_heads`` of an imported MelHuBERT that was pruned by its own code.
     """
-    encoder = model.config.encoder
+    encoder = model.config.transformer
     own = Origins(
         blocks=tuple(range(len(encoder.blocks))),
         heads=tuple(original_heads(block) for block in encoder.blocks),
@@ -97,8 +97,8 @@ def cut(model: SpeechModel, units: Units, note: Mapping[str, Any]) -> SpeechMode
     Raises:
         ValueError: Units that the model does not have.
     """
-    units.check(model.config.encoder)
-    kept = origins(model).kept(model.config.encoder, units)
+    units.check(model.config.transformer)
+    kept = origins(model).kept(model.config.transformer, units)
     small = slice_model(model, units).eval()
     small.provenance.append({**note, **kept.entry()})
     return small

@@ -84,8 +84,8 @@ def prune_rows(model: SpeechModel, settings: RowPruning, calibration: Calibratio
     Raises:
         ValueError: A number of units that the model cannot keep, data scores without a loss, or scores that are not finite.
     """
-    _check_number(settings, [block.feedforward_dim for block in model.config.encoder.blocks])
-    units = replace(Units.full(model.config.encoder), feedforward=_choose(_scores(model, settings, calibration), settings))
+    _check_number(settings, [block.feedforward_dim for block in model.config.transformer.blocks])
+    units = replace(Units.full(model.config.transformer), feedforward=_choose(_scores(model, settings, calibration), settings))
     return cut(model, units, {"step": "rows", **to_plain(settings)})
 
 
@@ -114,7 +114,7 @@ def rows_config(config: ModelConfig, settings: RowPruning) -> ModelConfig:
         ValueError: As :func:`prune_rows`; and with scope ``model`` where the number of parameters depends on scores: units of
             one layer have more parameters than those of another, or a width is no multiple of ``multiple``.
     """
-    blocks = config.encoder.blocks
+    blocks = config.transformer.blocks
     counts = [block.feedforward_dim for block in blocks]
     _check_number(settings, counts)
     if settings.scope == "model":
@@ -129,7 +129,7 @@ def rows_config(config: ModelConfig, settings: RowPruning) -> ModelConfig:
             )
     even = tuple(-torch.arange(count, dtype=torch.float64) for count in counts)
     kept = _choose(even, replace(settings, normalize=None))
-    return slice_model_config(config, replace(Units.full(config.encoder), feedforward=kept))
+    return slice_model_config(config, replace(Units.full(config.transformer), feedforward=kept))
 
 
 def _scores(model: SpeechModel, settings: RowPruning, calibration: Calibration | None) -> Scores:

@@ -72,7 +72,7 @@ def share_layers(model: SpeechModel, settings: Sharing, calibration: Calibration
             have factored maps; or a quantised model.
     """
     require_float(model)
-    encoder = model.config.encoder
+    encoder = model.config.transformer
     config = sharing_config(model.config, settings)
     sources = _sources(encoder, settings)
     state = model.state_dict()
@@ -94,7 +94,7 @@ def sharing_config(config: ModelConfig, settings: Sharing) -> ModelConfig:
     Raises:
         ValueError: As :func:`share_layers`.
     """
-    encoder = config.encoder
+    encoder = config.transformer
     sources = _sources(encoder, settings)
     blocks = tuple(encoder.blocks[encoder.depth_map[depths[0]]] for depths in sources)
     depth_map = tuple(_block_at(settings, depth, encoder.num_layers) for depth in range(encoder.num_layers))
@@ -155,7 +155,7 @@ def _mean(tensors: list[Tensor]) -> Tensor:
 
 def _origins_of(model: SpeechModel, sources: list[list[int]]) -> dict[str, Any]:
     """Original numbers of copied blocks; where blocks are averages, the note that numbers begin anew."""
-    depth_map = model.config.encoder.depth_map
+    depth_map = model.config.transformer.depth_map
     blocks = [{depth_map[depth] for depth in depths} for depths in sources]
     if any(len(members) > 1 for members in blocks):
         return {KEPT_HEADS: None}

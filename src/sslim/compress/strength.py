@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sslim.compress.budgets import UNITS, Budget, amount
@@ -23,9 +23,10 @@ HALVINGS = 16  # the share to 1/65,536 of its range: a unit of 12 layers of 3,07
 LOOKS = 12  # measurements of latency at most
 AIM, NEAR = 0.98, 0.95  # shares of a budget of latency: what is aimed at, and what is taken
 GRID = 32  # shares between two models that are tried for a third
+CLOSE = 0.98  # share of a budget of size from which on two models are both taken to fill it
 ROUNDS, LEAST_S = 9, 1.0  # of a measurement
 
-Plan = Callable[[float], ModelConfig]  # share kept to description
+Plan = Callable[..., ModelConfig]  # share kept, and that of coarse parts by the name of its setting, to description
 TimeInTurns = Callable[[Mapping[str, ModelConfig]], Mapping[str, Sequence[float]]]  # name to milliseconds of every round
 
 
@@ -37,11 +38,13 @@ class Found:
         keep: Share kept.
         config: Description of the model that is left.
         cost: Its cost, in the budget's unit.
+        keep_coarse: Share kept of the parts that go in coarse steps, where it was fixed by itself.
     """
 
     keep: float
     config: ModelConfig
     cost: float
+    keep_coarse: float | None = None
 
 
 def size_of(config: ModelConfig, name: str, conditions: Conditions) -> float:
@@ -57,13 +60,28 @@ def size_of(config: ModelConfig, name: str, conditions: Conditions) -> float:
     """
     if name == "params":
         return float(count_parameters(config, with_heads=False))
+    if config.frontend is None:
+        raise ValueError(
+            f"this {config.family} model has no front-end, so nothing says how many of its frames a second has: give a budget "
+            "in params"
+        )
     return count_macs(config, seconds=conditions.seconds).per_second
 
 
 def within_size(
-    plan: Plan, budget: Budget, cost: Callable[[ModelConfig], float], *, least: float, say: Callable[[str], None]
+    plan: Plan,
+    budget: Budget,
+    cost: Callable[[ModelConfig], float],
+    *,
+    least: float,
+    say: Callable[[str], None],
+    coarse: str | None = None,
 ) -> Found:
     """Finds the largest share kept whose model is within a budget.
+
+    Where some parts go in coarse steps (a head of every layer at once), one share of all would leave up to such a step unused.
+    So their number is fixed at the largest share, or a step above, and the other parts fill what is left of the budget; of two
+    models that both fill it, the one with the more equal shares is taken.
 
     Args:
         plan: Share kept, from ``least`` to 1, to description; larger shares hardly ever cost less.
@@ -71,28 +89,59 @@ def within_size(
         cost: Description to cost.
         least: Smallest share that the method can keep.
         say: Told what was found.
+        coarse: What ``plan`` calls the share of the parts that go in coarse steps; None where there are none.
 
     Raises:
         ValueError: Even the smallest model costs more, or the largest one within the maximum less than the minimum.
     """
+    best, above = _largest(plan, budget, cost, least)
+    _check_reachable(best, budget)
+    if coarse is not None and above is not None:
+        best = _filled(plan, coarse, (best.keep, above), budget, cost, least)
+    _check_minimum(best, budget)
+    fixed = "" if best.keep_coarse is None else f" ({coarse} {best.keep_coarse:.4f})"
+    say(f"keeping {best.keep:.4f}{fixed}: {_told(best, budget)}")
+    return best
+
+
+def _largest(
+    plan: Callable[[float], ModelConfig], budget: Budget, cost: Callable[[ModelConfig], float], least: float
+) -> tuple[Found, float | None]:
+    """The largest share within the maximum (``least`` if none is), and one just above that is not; None where all are."""
 
     def look(keep: float) -> Found:
         config = plan(keep)
         return Found(keep=keep, config=config, cost=cost(config))
 
-    best, high = look(1.0), 1.0
-    if best.cost > budget.maximum:
-        best = look(least)
-        _check_reachable(best, budget)
-        for _ in range(HALVINGS):
-            found = look((best.keep + high) / 2)
-            if found.cost <= budget.maximum:
-                best = found
-            else:
-                high = found.keep
-    _check_minimum(best, budget)
-    say(f"keeping {best.keep:.4f}: {_told(best, budget)}")
-    return best
+    best, above = look(1.0), 1.0
+    if best.cost <= budget.maximum:
+        return best, None
+    best = look(least)
+    for _ in range(HALVINGS if best.cost <= budget.maximum else 0):
+        found = look((best.keep + above) / 2)
+        if found.cost <= budget.maximum:
+            best = found
+        else:
+            above = found.keep
+    return best, above
+
+
+def _filled(
+    plan: Plan,
+    coarse: str,
+    shares: Sequence[float],
+    budget: Budget,
+    cost: Callable[[ModelConfig], float],
+    least: float,
+) -> Found:
+    """Fills a budget with each of some shares of the coarse parts fixed, the first of which fits; returns the best."""
+    filled = []
+    for share in shares:
+        found, _ = _largest(partial(plan, **{coarse: share}), budget, cost, least)
+        filled += [replace(found, keep_coarse=share)] if found.cost <= budget.maximum else []
+    largest = max(found.cost for found in filled)
+    close = [found for found in filled if found.cost >= min(largest, CLOSE * budget.maximum)]
+    return min(close, key=lambda found: abs(found.keep - (found.keep_coarse or 0.0)))
 
 
 @dataclass(kw_only=True)

@@ -77,7 +77,7 @@ def prunable_weights(model: SpeechModel, *, biases: bool) -> dict[str, nn.Parame
     starts = tuple(f"{part}." for part in MAPS)
     return {
         f"encoder.blocks.{number}.{name}": parameter
-        for number, block in enumerate(model.encoder.blocks)
+        for number, block in enumerate(model.transformer.blocks)
         for name, parameter in block.named_parameters()
         if name.startswith(starts) and (biases or name.endswith(".weight"))
     }

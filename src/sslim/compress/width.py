@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from sslim.compress.calibration import Calibration
 from sslim.compress.heads import HeadPruning, heads_kept, removed_heads
@@ -60,7 +59,13 @@ def prune_width(model: SpeechModel, settings: WidthPruning, calibration: Calibra
     return cut(model, units, note)
 
 
-def width_kept(model: SpeechModel, settings: WidthPruning, calibration: Calibration | None = None) -> Callable[[float], Units]:
+class WidthKept(Protocol):
+    """What is kept for any share ``keep``, and any share of the heads; None for that of the settings, or ``keep``."""
+
+    def __call__(self, keep: float, keep_heads: float | None = None) -> Units: ...
+
+
+def width_kept(model: SpeechModel, settings: WidthPruning, calibration: Calibration | None = None) -> WidthKept:
     """Returns what :func:`prune_width` keeps for any share ``keep``; the model is looked at once.
 
     Args:
@@ -73,8 +78,12 @@ def width_kept(model: SpeechModel, settings: WidthPruning, calibration: Calibrat
     """
     heads = heads_kept(model, HeadPruning(keep=1.0, scope=settings.scope, score=settings.score), calibration)
     rows = rows_kept(model, RowPruning(keep=1.0, scope=ROW_SCOPES[settings.scope], score=settings.score), calibration)
-    whole = Units.full(model.config.encoder)
-    return lambda keep: replace(whole, heads=heads(settings.keep_heads or keep), feedforward=rows(keep))
+    whole = Units.full(model.config.transformer)
+
+    def kept(keep: float, keep_heads: float | None = None) -> Units:
+        return replace(whole, heads=heads(keep_heads or settings.keep_heads or keep), feedforward=rows(keep))
+
+    return kept
 
 
 ROW_SCOPES: dict[str, Literal["uniform", "model"]] = {"layer": "uniform", "model": "model"}

@@ -13,7 +13,14 @@ import numpy as np
 from sslim.audio import stack_reach
 from sslim.data.corpus import Corpus
 from sslim.data.sources import Segment
-from sslim.frontends.config import ConvFrontendConfig, FilterbankConfig, FrontendConfig, StftConfig
+from sslim.frontends.config import (
+    ConvFrontendConfig,
+    FilterbankConfig,
+    FrontendConfig,
+    StftConfig,
+    StftMfccConfig,
+    StoredFeaturesConfig,
+)
 
 NO_SEGMENT = -1
 ROUNDING_S = (
@@ -31,8 +38,12 @@ def frame_length_s(config: FrontendConfig) -> float:
     if isinstance(config, ConvFrontendConfig):
         return stack_reach([(layer.kernel, layer.stride) for layer in config.layers])[0] / config.sample_rate
     features = config.features
-    if isinstance(features, StftConfig):
+    if isinstance(features, StftMfccConfig):
+        features = features.spectrum
+    if isinstance(features, StftConfig) or (isinstance(features, StoredFeaturesConfig) and features.centred):
         return features.frame_shift_ms * (config.stack - 1) / 1000
+    if isinstance(features, StoredFeaturesConfig):
+        return (features.frame_shift_ms * (config.stack - 1) + features.frame_length_ms) / 1000
     bank = features if isinstance(features, FilterbankConfig) else features.filterbank
     if not bank.snip_edges:
         return bank.frame_shift_ms * config.stack / 1000

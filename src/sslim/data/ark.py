@@ -245,12 +245,8 @@ def read_shape(path: str | Path, offset: int = 0, *, key: str = "?") -> tuple[in
     return _parse_text(data, offset, where)[0].shape if header.token == "text" else header.shape
 
 
-def read_ark(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (key, array) of every object of an archive, binary or text, in order.
-
-    Raises:
-        KaldiError: As for :func:`read_object`.
-    """
+def _places(path: str | Path) -> Iterator[tuple[str, int, str]]:
+    """Yields (key, offset of the object, what to call it) of every object of an archive, in order."""
     data = open_archive(path)
     at = 0
     while at < len(data):
@@ -262,8 +258,35 @@ def read_ark(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
         if end < 0 or b"\n" in key or b"\0" in key:
             raise KaldiError(f"{path}: expected a key and a space at byte {at}, found {data[at : at + 20]!r}")
         name = key.decode("utf-8", "replace")
-        array, at = _decode(data, end + 1, f"{name} in {path} at byte {end + 1}")
-        yield name, array
+        where = f"{name} in {path} at byte {end + 1}"
+        yield name, end + 1, where
+        header = read_header(data, end + 1, where)
+        at = _parse_text(data, end + 1, where)[1] if header.token == "text" else header.end
+
+
+def read_ark(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (key, array) of every object of an archive, binary or text, in order.
+
+    Raises:
+        KaldiError: As for :func:`read_object`.
+    """
+    data = open_archive(path)
+    for name, offset, where in _places(path):
+        yield name, _decode(data, offset, where)[0]
+
+
+def list_ark(path: str | Path) -> dict[str, int]:
+    """Returns the offset of every object of an archive by its key, from the headers alone, as an ``scp`` list states it.
+
+    Raises:
+        KaldiError: As for :func:`read_object`, or a key comes twice.
+    """
+    offsets: dict[str, int] = {}
+    for name, offset, _ in _places(path):
+        if name in offsets:
+            raise KaldiError(f"{path}: the key {name!r} comes a second time, at byte {offset}")
+        offsets[name] = offset
+    return offsets
 
 
 def write_ark_scp(

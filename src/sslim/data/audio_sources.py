@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslim.data.metadata import Metadata, find_metadata, read_header, read_metadata
-from sslim.data.sources import Source, SourceUtterance
+from sslim.data.sources import SPLIT_ROLES, Source, SourceUtterance, split_role
 
 AUDIO_SUFFIXES = frozenset(
     (
@@ -34,14 +34,6 @@ AUDIO_SUFFIXES = frozenset(
         ".nist",
     )
 )  # what libsndfile reads and people have
-SPLIT_NAMES = {
-    "train": "train",
-    "dev": "dev",
-    "valid": "dev",
-    "validation": "dev",
-    "val": "dev",
-    "test": "test",
-}  # first-level folders that become a split
 LIBRISPEECH_NAME = re.compile(r"(?P<speaker>\d+)-(?P<chapter>\d+)-(?P<number>\d{4,})")
 DIGIT_NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)")
 DIGIT_COLUMNS = ("path", "speaker", "digit", "take")
@@ -59,12 +51,18 @@ class SourceOptions:
         label_column: Its column that holds the label.
         speaker_column: Its column that holds the speaker.
         stored_features: Read the features that a Kaldi directory holds although it has audio, too.
+        frame_shift_ms: Of stored features of which nothing says it.
+        audio_root: Folder that the files of a table of lengths lie in.
+        features: Name of the features that are asked for; of stored features it says what they are.
     """
 
     metadata: Path | None = None
     label_column: str | None = None
     speaker_column: str | None = None
     stored_features: bool = False
+    frame_shift_ms: float | None = None
+    audio_root: Path | None = None
+    features: str | None = None
 
 
 def audio_files(folder: Path) -> Iterator[Path]:
@@ -96,6 +94,11 @@ def folder_name(path: Path) -> str:
     return path.name or "corpus"
 
 
+def folder_split(name: str) -> str | None:
+    """Returns the split that a folder's name stands for: ``train``, ``dev``, ``test``, or the name where it says more."""
+    return SPLIT_ROLES.get(name.lower()) or (name if split_role(name) else None)
+
+
 def _source(name: str, utterances: list[SourceUtterance], path: Path, what: str, note: str | None = None) -> Source:
     if not utterances:
         raise ValueError(f"{path} holds no audio files ({what}); known suffixes are {' '.join(sorted(AUDIO_SUFFIXES))}")
@@ -107,6 +110,8 @@ def _source(name: str, utterances: list[SourceUtterance], path: Path, what: str,
 
 def folder_source(path: Path, options: SourceOptions) -> Source:
     """Reads a folder of audio, with all that a metadata file says; without one, folders train, dev and test become splits.
+
+    So do ``train-clean-100`` and the like, under their own names.
 
     Args:
         path: The folder, or a metadata file inside it.
@@ -131,7 +136,7 @@ def folder_source(path: Path, options: SourceOptions) -> Source:
     utterances = []
     for audio in audio_files(folder):
         parts = audio.relative_to(folder).parts
-        split = SPLIT_NAMES.get(parts[0].lower()) if len(parts) > 1 else None
+        split = folder_split(parts[0]) if len(parts) > 1 else None
         utterances.append(SourceUtterance(id=relative_id(audio, folder), audio=audio, split=split))
     return _source(folder_name(folder), utterances, folder, "searched in all its folders")
 

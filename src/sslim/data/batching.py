@@ -19,11 +19,13 @@ from torch import Tensor
 
 from sslim.batch import IGNORED_LABEL, Batch
 from sslim.data.labels import LabelStore, align_labels
+from sslim.data.noise import Noise
 from sslim.frontends import Frontend
 
 if TYPE_CHECKING:
     from sslim.data.corpus import Corpus
 
+NOISE_STREAM = 7919  # keeps the numbers drawn for noise apart from those for orders and cuts
 BIN_GROWTH = 1.03  # lengths within 3 % share a bin: padding costs about half of that
 
 
@@ -235,9 +237,11 @@ class CorpusBatches:
         facts: Of the model's front-end.
         labels: Targets; None without.
         utterances: Corpus indices that the plan's positions stand for; None for the whole corpus.
+        noise: What is added to waveforms, drawn from the plan's seed, the epoch and the batch; None adds nothing.
 
     Raises:
-        ValueError: The plan was made for another number of utterances, or its cuts fall between frames.
+        ValueError: The plan was made for another number of utterances, its cuts fall between frames, or noise is to be added to
+            stored features.
     """
 
     def __init__(
@@ -248,8 +252,11 @@ class CorpusBatches:
         *,
         labels: LabelStore | None = None,
         utterances: np.ndarray | None = None,
+        noise: Noise | None = None,
     ) -> None:
-        self.corpus, self.plan, self.facts, self.labels = corpus, plan, facts, labels
+        self.corpus, self.plan, self.facts, self.labels, self.noise = corpus, plan, facts, labels, noise
+        if noise is not None and not facts.is_waveform:
+            raise ValueError(f"noise is added to waveforms, and what is read of corpus {corpus.name} are its stored features")
         self.utterances = np.arange(len(corpus)) if utterances is None else np.asarray(utterances, dtype=np.int64)
         if len(self.utterances) != len(plan.full_lengths):
             raise ValueError(f"the plan is for {len(plan.full_lengths)} utterances, the corpus part has {len(self.utterances)}")
@@ -267,7 +274,8 @@ class CorpusBatches:
         """Tells these batches from all others."""
         labels = None if self.labels is None else self.labels.digest
         parts = f"{self.plan.digest} {self.corpus.digest} {labels} {self.facts.hop} {self.facts.frame_period_s} "
-        return hashlib.sha256(parts.encode() + self.utterances.tobytes()).hexdigest()[:16]
+        added = b"" if self.noise is None else str(self.noise.config).encode()
+        return hashlib.sha256(parts.encode() + self.utterances.tobytes() + added).hexdigest()[:16]
 
     def __len__(self) -> int:
         return self.num_batches
@@ -277,13 +285,23 @@ class CorpusBatches:
         utterances = self.utterances[planned.indices].tolist()
         starts, lengths = planned.starts.tolist(), planned.lengths.tolist()
         read = self._waveforms if self.facts.is_waveform else self._features
+        inputs = read(utterances, starts, lengths)
         return Batch(
-            inputs=read(utterances, starts, lengths),
+            inputs=inputs if self.noise is None else self._noisy(self.noise, inputs, lengths, key),
             lengths=torch.from_numpy(planned.lengths.copy()),
             ids=tuple(self.corpus.utterance(i).id for i in utterances),
             labels=None if self.labels is None else self._labels(self.labels, utterances, planned),
             duration_s=sum(lengths) * self.facts.unit_s,
+            clean=None if self.noise is None else inputs,
         )
+
+    def _noisy(self, noise: Noise, clean_BS: Tensor, lengths: list[int], key: tuple[int, int]) -> Tensor:
+        generator = np.random.default_rng([self.plan.seed, NOISE_STREAM, *key])
+        noisy_BS = clean_BS.clone()
+        rows = noisy_BS.numpy()
+        for row, length in enumerate(lengths):
+            rows[row, :length] = noise.add(rows[row, :length], generator)
+        return noisy_BS
 
     # torch allocates: its tensors are aligned to 64 bytes, numpy's to 16, and matrix products may round by alignment.
 

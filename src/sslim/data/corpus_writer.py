@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -76,6 +76,27 @@ def only_writer(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} is being prepared by another process: wait for it") from error
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def begun(folder: Path, signature: Mapping[str, Any]) -> Iterator[None]:
+    """Begins a preparation before anything else is in the folder, such as generated audio, unless it is begun.
+
+    What fails before there is anything else, because something is wrong with the source, leaves the folder as it was.
+
+    Args:
+        folder: The corpus.
+        signature: What decides the result.
+    """
+    begins = not (folder / layout.PREPARATION).exists()
+    if begins:
+        CorpusWriter.begin(folder, dict(signature))
+    try:
+        yield
+    except ValueError:
+        if begins and [path.name for path in folder.iterdir()] == [layout.PREPARATION]:
+            (folder / layout.PREPARATION).unlink()
+        raise
 
 
 def chain_id(digest: str, utterance_id: str) -> str:

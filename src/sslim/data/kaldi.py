@@ -18,6 +18,7 @@ import numpy as np
 
 from sslim.data.ark import KaldiError, read_ark, read_object, read_shape, write_ark_scp
 from sslim.data.sources import Source, SourceUtterance
+from sslim.data.stored_features import StoredAs, recognised, stored_as
 from sslim.frontends.config import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig
 
 __all__ = [
@@ -298,14 +299,23 @@ def _audio_set(folder: Path, locate: Locator, split: str | None) -> list[SourceU
     return utterances
 
 
-def _feature_set(folder: Path, entries: Mapping[str, ScpEntry], dim: int, split: str | None) -> list[SourceUtterance]:
+def _feature_set(
+    folder: Path, entries: Mapping[str, ScpEntry], dim: int, split: str | None, kept: StoredAs | None
+) -> list[SourceUtterance]:
     speakers, texts = _optional_table(folder / "utt2spk"), _optional_table(folder / "text")
-    return [
-        SourceUtterance(
-            id=key, read_features=partial(read_matrix, entry, dim), speaker=speakers.get(key), text=texts.get(key), split=split
+    utterances = []
+    for key, entry in entries.items():
+        read = partial(read_matrix, entry, dim)
+        utterances.append(
+            SourceUtterance(
+                id=key,
+                read_features=read if kept is None else kept.reading(read),
+                speaker=speakers.get(key),
+                text=texts.get(key),
+                split=split,
+            )
         )
-        for key, entry in entries.items()
-    ]
+    return utterances
 
 
 def _find_sets(path: Path) -> list[tuple[Path, str | None]]:
@@ -341,7 +351,19 @@ def moved_note(locators: Sequence[Locator]) -> list[str]:
     ]
 
 
-def kaldi_source(path: str | Path, *, features: bool = False) -> Source:
+def _described(
+    dim: int, where: str, named: str | None, frame_shift_ms: float | None
+) -> tuple[SpectralFrontendConfig, str, StoredAs | None]:
+    """Description of stored features, a sentence, and which columns of them to keep; None for all."""
+    if named is None and frame_shift_ms is None and recognised(dim, where, kaldi=True) is None:
+        return *precomputed_frontend(dim), None
+    found = stored_as(dim, where, features=named, frame_shift_ms=frame_shift_ms, kaldi=True)
+    return found.frontend, found.sentence, found
+
+
+def kaldi_source(
+    path: str | Path, *, features: bool = False, named: str | None = None, frame_shift_ms: float | None = None
+) -> Source:
     """Reads a Kaldi data directory, or a folder of several (``train``, ``dev``, ... become the split).
 
     Audio (``wav.scp``, with ``segments`` if present) is preferred over stored features. ``utt2spk`` gives speakers, ``text``
@@ -351,9 +373,11 @@ def kaldi_source(path: str | Path, *, features: bool = False) -> Source:
     Args:
         path: The folder.
         features: Read ``feats.scp`` although there is ``wav.scp``.
+        named: What the user says stored features are, see :func:`sslim.data.stored_features.stored_as`.
+        frame_shift_ms: What the user says of their frame period.
 
     Raises:
-        KaldiError: No usable list, malformed tables, or an id that comes twice.
+        ValueError: No usable list, malformed tables, an id that comes twice, or stored features that are not as said.
     """
     path = Path(path)
     sets = _find_sets(path)
@@ -369,11 +393,15 @@ def kaldi_source(path: str | Path, *, features: bool = False) -> Source:
     if stored:
         lists = [read_scp(folder / "feats.scp", locate) for (folder, _), locate in zip(sets, locators, strict=True)]
         dim = first_dim(lists[0], sets[0][0] / "feats.scp")
-        frontend, sentence = precomputed_frontend(dim)
+        frontend, sentence, kept = _described(dim, "/".join(path.resolve().parts[-2:]), named, frame_shift_ms)
         notes.append(sentence)
         for (folder, split), entries in zip(sets, lists, strict=True):
-            utterances += _feature_set(folder, entries, dim, split)
+            utterances += _feature_set(folder, entries, dim, split, kept)
     else:
+        if frame_shift_ms is not None:
+            raise KaldiError(
+                f"--frame-shift-ms {frame_shift_ms:g} is for stored features, and {path} has audio (see --stored-features)"
+            )
         for (folder, split), locate in zip(sets, locators, strict=True):
             utterances += _audio_set(folder, locate, split)
     check_unique(utterances, path)

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
+from sslim.data.audio_sources import LIBRISPEECH_NAME
 from sslim.data.kaldi import precomputed_frontend
 from sslim.data.label_layout import NUM_CLUSTERS, NUM_VERIFIED, LayoutError, check_labels, period_in_name
 from sslim.data.label_layout import label_period_s as find_label_period_s
 from sslim.data.sources import Source, SourceLabels, SourceUtterance
-from sslim.frontends.config import FilterbankConfig, SpectralFrontendConfig
+from sslim.data.stored_features import StoredAs, stored_as
 
 MEAN_STD = "mean-std.npy"
 NUM_LOOKED_AT = 20  # utterances whose mean tells whether features are normalised
-S3PRL_SLOW_FEATURES = ("mel", "linear")  # 50 ms windows every 12.5 ms; its fbank and mfcc have 25 ms every 10 ms
 
 
 def find_array(stated: str, root: Path) -> Path:
@@ -143,7 +143,12 @@ def read_list(path: str | Path) -> list[_Row]:
     return rows
 
 
-def _find_lists(path: Path) -> list[Path]:
+def find_lists(path: Path) -> list[Path]:
+    """Returns a list, or the ``.csv`` lists in a folder.
+
+    Raises:
+        LayoutError: There are none.
+    """
     if path.is_file():
         return [path]
     lists = sorted(path.glob("*.csv")) if path.is_dir() else []
@@ -271,19 +276,38 @@ def _labels_of_lists(
     return labels
 
 
-def _s3prl_frontend(dim: int, name: str) -> tuple[SpectralFrontendConfig, str]:
-    """Describes S3PRL's features as far as possible: librosa's, so only their number and frame period can be stated."""
-    slow = any(kind in name.lower() for kind in S3PRL_SLOW_FEATURES)
-    length_ms, shift_ms = (50.0, 12.5) if slow else (25.0, 10.0)
-    features = FilterbankConfig(num_mel_bins=dim, frame_length_ms=length_ms, frame_shift_ms=shift_ms, window="hann")
-    return (
-        SpectralFrontendConfig(features=features),
-        f"stored features of S3PRL have {dim} dimensions every {shift_ms:g} ms (told from the name {name}); they were made by"
-        " librosa, so models trained on them cannot be given waveforms",
-    )
+def _utterances(
+    rows: Mapping[str, _Row], root: Path, dim: int, undo: tuple[np.ndarray, np.ndarray] | None, kept: StoredAs | None
+) -> list[SourceUtterance]:
+    utterances = []
+    for key, row in rows.items():
+        read = partial(read_stored_features, row.features, root, dim, undo)
+        utterances.append(
+            SourceUtterance(
+                id=key,
+                read_features=read if kept is None else kept.reading(read),
+                speaker=_speaker(row),
+                label=row.utterance_class,
+                split=row.split,
+            )
+        )
+    return utterances
 
 
-def numpy_source(path: str | Path, *, label_period_s: float | None = None, num_clusters: int = NUM_CLUSTERS) -> Source:
+def _speaker(row: _Row) -> str | None:
+    """S3PRL's lists name no speakers; LibriSpeech's are in its file names."""
+    match = None if row.labels is not None else LIBRISPEECH_NAME.fullmatch(Path(row.features).stem)
+    return None if match is None else match["speaker"]
+
+
+def numpy_source(
+    path: str | Path,
+    *,
+    label_period_s: float | None = None,
+    num_clusters: int = NUM_CLUSTERS,
+    named: str | None = None,
+    frame_shift_ms: float | None = None,
+) -> Source:
     """Reads CSV lists of ``.npy`` features: MelHuBERT's (with labels, normalised) or S3PRL's (features only).
 
     Args:
@@ -292,12 +316,15 @@ def numpy_source(path: str | Path, *, label_period_s: float | None = None, num_c
         label_period_s: Seconds a label covers, 0.01 or 0.02; by default what the label folder's name says (``cluster_20ms``),
             else what lengths of features and labels show. It is verified in any case.
         num_clusters: Labels are below this.
+        named: What the user says S3PRL's features are, see :func:`sslim.data.stored_features.stored_as`.
+        frame_shift_ms: What the user says of their frame period.
 
     Raises:
-        ValueError: A malformed list, an utterance twice in a list, or labels that do not fit the features.
+        ValueError: A malformed list, an utterance twice in a list, labels that do not fit the features, or features of which
+            nothing says what they are.
     """
     path = Path(path)
-    lists = _read_lists(_find_lists(path))
+    lists = _read_lists(find_lists(path))
     root = next(iter(lists)).parent
     rows: dict[str, _Row] = {}
     for found in lists.values():
@@ -309,27 +336,22 @@ def numpy_source(path: str | Path, *, label_period_s: float | None = None, num_c
     arrays = _first_readable(rows, root, NUM_LOOKED_AT)
     dim = Counter(array.shape[1] for array in arrays).most_common(1)[0][0]
     arrays = [array for array in arrays if array.shape[1] == dim]
-    stored = undo = None
+    stored = undo = kept = None
     if labels:
+        if frame_shift_ms is not None:
+            raise LayoutError(f"--frame-shift-ms {frame_shift_ms:g} is for S3PRL's lists; {path} is MelHuBERT's, of 10 ms")
         frontend, sentence = precomputed_frontend(dim)
         stored = _find_mean_std(root, dim)
         undo, note = _normalisation_to_undo(arrays, stored)
         notes = [sentence, note]
     else:
-        frontend, sentence = _s3prl_frontend(dim, f"{root.resolve().name}/{next(iter(lists)).name}")
-        notes = [sentence]
+        where = f"{root.resolve().name}/{next(iter(lists)).name}"
+        kept = stored_as(dim, where, features=named, frame_shift_ms=frame_shift_ms)
+        frontend, notes = kept.frontend, [kept.sentence]
     notes += [f"labels {name}: one for every {s.frame_period_s * 1000:.0f} ms" for name, s in labels.items()]
     return Source(
         name=path.stem if path.is_file() else path.resolve().name,
-        utterances=[
-            SourceUtterance(
-                id=key,
-                read_features=partial(read_stored_features, row.features, root, dim, undo),
-                label=row.utterance_class,
-                split=row.split,
-            )
-            for key, row in rows.items()
-        ],
+        utterances=_utterances(rows, root, dim, undo, kept),
         num_utterances=len(rows),
         frontend=frontend,
         labels=labels,

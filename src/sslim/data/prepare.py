@@ -11,9 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,17 +24,19 @@ from sslim.batch import Padded
 from sslim.config import read_json, to_plain
 from sslim.data import corpus as layout
 from sslim.data.corpus import Corpus
-from sslim.data.corpus_writer import PARTIAL_INDEX, CorpusWriter, Progress, chain_id, only_writer
+from sslim.data.corpus_writer import PARTIAL_INDEX, CorpusWriter, Progress, begun, chain_id, only_writer
 from sslim.data.feature_presets import MELHUBERT
 from sslim.data.source_kinds import SOURCES, detect_source, load_source, merge_sources
 from sslim.data.sources import Source, SourceLabels, SourceUtterance
+from sslim.data.speaker_means import SpeakerMeans, check_speakers, measure_speaker_means
 from sslim.data.store import SHARD_BYTES, OverflowingFeaturesError, to_float16
 from sslim.frontends import RunningStatistics, SpectralFrontend, build_frontend
-from sslim.frontends.config import SpectralFrontendConfig
-from sslim.frontends.context import append_deltas
+from sslim.frontends.config import SpectralFrontendConfig, StoredFeaturesConfig
 from sslim.storage import save_tensors, sync
 
 __all__ = ["SOURCES", "Outcome", "TooManyBadError", "detect_source", "finished", "load_source", "merge_sources", "prepare"]
+
+R = TypeVar("R")
 
 COMMIT_PERIOD_S = 5.0  # at most this much work is lost to an interruption
 IN_FLIGHT_PER_JOB = 16  # utterances waiting for their turn; hides a long one among short ones
@@ -123,16 +126,34 @@ def _shown(value: Any) -> str:
 # ---- reading, in threads ---------------------------------------------------------------------------------------------
 
 
-def _read(utterance: SourceUtterance, frontend: SpectralFrontend | None) -> _Read | str:
+def _read(utterance: SourceUtterance, frontend: SpectralFrontend | None, means: SpeakerMeans | None = None) -> _Read | str:
     """Reads one utterance; returns the reason when it is unusable.
 
     Raises:
         OverflowingFeaturesError: The features do not fit the store.
     """
+    base = _read_base(utterance, frontend)
+    if isinstance(base, str):
+        return base
+    values_TF, num_samples = base
+    if frontend is None or values_TF is None:
+        return _Read(features_TF=None, num_frames=0, num_samples=num_samples, statistics=RunningStatistics())
+    if means is not None:
+        values_TF = means.without(values_TF, utterance)
+    try:
+        return _measured(values_TF, num_samples, frontend)
+    except OverflowingFeaturesError as error:
+        raise OverflowingFeaturesError(f"utterance {utterance.id}: {error}") from error
+    except ValueError as error:
+        return str(error)
+
+
+def _read_base(utterance: SourceUtterance, frontend: SpectralFrontend | None) -> tuple[np.ndarray | None, int] | str:
+    """Returns base features (T, F) float32, a speaker's mean included, and samples; or the reason why there are none."""
     try:
         if utterance.read_features is not None and frontend is not None:
             values_TF = _stored_features(utterance, frontend)
-            return _measured(values_TF, len(values_TF) * frontend.features.shift, frontend)
+            return values_TF, len(values_TF) * frontend.features.shift
         if utterance.audio is None:
             return "it has features only, no audio"
         waveform_S = read_audio(
@@ -141,18 +162,28 @@ def _read(utterance: SourceUtterance, frontend: SpectralFrontend | None) -> _Rea
         if len(waveform_S) == 0:
             return "it has no samples"
         if frontend is None:
-            return _Read(features_TF=None, num_frames=0, num_samples=len(waveform_S), statistics=RunningStatistics())
+            return None, len(waveform_S)
         if frontend.num_base_frames(len(waveform_S)) == 0:
             return f"{len(waveform_S)} samples are too short for a frame of {frontend.features.frame_length}"
         with torch.inference_mode():
-            lengths_B = torch.tensor([len(waveform_S)])
-            base = frontend.base_features(torch.from_numpy(waveform_S)[None], lengths_B)
-        return _measured(base.values[0].numpy(), len(waveform_S), frontend)
-    except OverflowingFeaturesError as error:
-        raise OverflowingFeaturesError(f"utterance {utterance.id}: {error}") from error
+            base = frontend.features(torch.from_numpy(waveform_S)[None], torch.tensor([len(waveform_S)]))
+        return base.values[0].numpy(), len(waveform_S)
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return reason.removeprefix(f"{utterance.audio}: ")  # the list has a column for the path
+
+
+def _speaker_means(source: Source, frontend: SpectralFrontend | None, jobs: int) -> SpeakerMeans | None:
+    """Reads everything once, where the features are to lack their speaker's mean."""
+    if frontend is None or frontend.config.normalization.kind != "speaker":
+        return None
+    check_speakers(source.utterances, source.name)
+
+    def read(utterance: SourceUtterance) -> np.ndarray | str:
+        base = _read_base(utterance, frontend)
+        return base if isinstance(base, str) else np.asarray(base[0])
+
+    return measure_speaker_means(_in_order(read, source.utterances, jobs))
 
 
 def _stored_features(utterance: SourceUtterance, frontend: SpectralFrontend) -> np.ndarray:
@@ -170,19 +201,17 @@ def _measured(values_TF: np.ndarray, num_samples: int, frontend: SpectralFronten
     rounded_TF = to_float16(values_TF)
     statistics = RunningStatistics()
     values = torch.from_numpy(rounded_TF.astype(np.float32))[None]
-    if frontend.config.deltas:
-        padded = Padded(values=values, lengths=torch.tensor([len(rounded_TF)]))
-        values = append_deltas(padded, frontend.config.deltas, frontend.config.delta_window).values
-    for part_TF in values[0].split(STATISTICS_FRAMES):
+    unnormalized = frontend.unnormalized(Padded(values=values, lengths=torch.tensor([len(rounded_TF)]))).values
+    for part_TF in unnormalized[0].split(STATISTICS_FRAMES):
         statistics.add(part_TF)
     return _Read(features_TF=rounded_TF, num_frames=len(rounded_TF), num_samples=num_samples, statistics=statistics)
 
 
 def _in_order(
-    read: Callable[[SourceUtterance], _Read | str], utterances: Iterable[SourceUtterance], jobs: int
-) -> Iterator[tuple[SourceUtterance, _Read | str]]:
+    read: Callable[[SourceUtterance], R], utterances: Iterable[SourceUtterance], jobs: int
+) -> Iterator[tuple[SourceUtterance, R]]:
     """Yields (utterance, result) in the order of ``utterances`` while ``jobs`` threads work ahead a bounded way."""
-    pending: deque[tuple[SourceUtterance, Future[_Read | str]]] = deque()
+    pending: deque[tuple[SourceUtterance, Future[R]]] = deque()
     # One thread of arithmetic in each worker: several workers are faster than several threads of a small transform.
     executor = ThreadPoolExecutor(jobs, thread_name_prefix="prepare", initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -245,17 +274,16 @@ def prepare(
         (folder / PARTIAL_INDEX).unlink(missing_ok=True)  # where the last run was killed just before its end
         return Outcome(corpus=Corpus.open(folder), already_finished=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder):
-        if not (folder / layout.PREPARATION).exists():  # before anything else is in the folder, such as generated audio
-            CorpusWriter.begin(folder, dict(origin))
-        source = source() if callable(source) else source
-        config = source.frontend or frontend_config
-        frontend = None if config is None else build_frontend(config).eval()
+    with only_writer(folder), begun(folder, origin):
+        source, frontend = _opened(source, frontend_config)
+        jobs = jobs or available_cores()
+        means = _speaker_means(source, frontend, jobs)
         writer = CorpusWriter(folder, dim=0 if frontend is None else frontend.base_dim, shard_bytes=shard_bytes)
         num_continued = writer.progress.num_seen
         try:
-            _write_utterances(writer, source, frontend, max_bad, jobs or available_cores(), commit_period_s, on_progress)
-            _write_description(writer, source, config, frontend)
+            read = partial(_read, frontend=frontend, means=means)
+            _write_utterances(writer, source, read, _sample_rate(frontend), max_bad, jobs, commit_period_s, on_progress)
+            _write_description(writer, source, frontend)
             missing = {name: _write_labels(folder, name, labels) for name, labels in source.labels.items()}
             writer.finish()
         finally:
@@ -266,6 +294,19 @@ def prepare(
         seconds=time.monotonic() - started,
         missing_labels=missing,
     )
+
+
+def _opened(
+    source: Source | Callable[[], Source], frontend_config: SpectralFrontendConfig | None
+) -> tuple[Source, SpectralFrontend | None]:
+    """The source, read where it is a function, and the front-end of its features."""
+    source = source() if callable(source) else source
+    config = source.frontend or frontend_config
+    if source.frontend is None and config is not None and isinstance(config.features, StoredFeaturesConfig):
+        raise ValueError(f"{config.features.name} features cannot be computed from audio, and {source.name} stores none")
+    if config is not None and config.normalization.kind == "speaker":
+        source = replace(source, utterances=list(source.utterances))  # read twice
+    return source, None if config is None else build_frontend(config).eval()
 
 
 def _check_arguments(max_bad: float, jobs: int | None) -> None:
@@ -286,7 +327,8 @@ def _plain(config: SpectralFrontendConfig | None) -> Any:
 def _write_utterances(
     writer: CorpusWriter,
     source: Source,
-    frontend: SpectralFrontend | None,
+    read: Callable[[SourceUtterance], _Read | str],
+    sample_rate: int,
     max_bad: float,
     jobs: int,
     commit_period_s: float,
@@ -295,13 +337,12 @@ def _write_utterances(
     total = source.num_utterances
     limit = 0 if max_bad == 0 else max(1, int(max_bad * total + 1e-9))
     progress = writer.progress
-    sample_rate = _sample_rate(frontend)
     statistics = RunningStatistics() if progress.statistics is None else RunningStatistics.from_plain(progress.statistics)
     if on_progress is not None:
         on_progress(progress, total, sample_rate)
     _check_bad(writer, limit, total, max_bad)
     committed = time.monotonic()
-    results = _in_order(lambda utterance: _read(utterance, frontend), _remaining(writer, source), jobs)
+    results = _in_order(read, _remaining(writer, source), jobs)
     try:
         for utterance, result in results:
             if isinstance(result, str):
@@ -370,9 +411,7 @@ def _changed(writer: CorpusWriter, source: Source) -> str:
     )
 
 
-def _write_description(
-    writer: CorpusWriter, source: Source, config: SpectralFrontendConfig | None, frontend: SpectralFrontend | None
-) -> None:
+def _write_description(writer: CorpusWriter, source: Source, frontend: SpectralFrontend | None) -> None:
     statistics_source = None
     if frontend is not None and writer.progress.statistics is not None:
         statistics_source = _write_statistics(writer, source, frontend)
@@ -387,7 +426,7 @@ def _write_description(
             "sample_rate": sample_rate,
             "base_dim": 0 if frontend is None else frontend.base_dim,
             "base_frame_shift_s": 0.0 if frontend is None else frontend.base_frame_shift_s,
-            "frontend": _plain(config),
+            "frontend": None if frontend is None else to_plain(frontend.config),
             "statistics": statistics_source,
             "origin": writer.signature,
             "note": source.note,
@@ -403,7 +442,7 @@ def _write_statistics(writer: CorpusWriter, source: Source, frontend: SpectralFr
     name = MEASURED
     if source.statistics is not None:
         published_mean, published_std, name = source.statistics
-        dim = frontend.base_dim * (1 + frontend.config.deltas)
+        dim = frontend.normalized_dim
         if np.shape(published_mean) != (dim,) or np.shape(published_std) != (dim,):
             raise ValueError(f"the statistics {name} are for {np.size(published_mean)} features, {source.name} has {dim}")
         mean_F, std_F = (torch.as_tensor(np.asarray(values, dtype=np.float32)) for values in (published_mean, published_std))

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from sslim.config import nearest
 from sslim.data.audio_sources import (
+    AUDIO_SUFFIXES,
     BACKGROUND,
     COMMAND_LISTS,
     DIGIT_COLUMNS,
@@ -19,6 +21,7 @@ from sslim.data.audio_sources import (
     SourceOptions,
     audio_files,
 )
+from sslim.data.length_tables import LEN_FOR_BUCKET
 from sslim.data.metadata import PATH_COLUMNS, read_header
 from sslim.data.sources import Source, SourceLabels, SourceUtterance
 
@@ -58,6 +61,27 @@ def _melhubert(path: Path) -> str | None:
         for pattern in ("*.mean-var", "*.bas.scp"):
             for found in sorted(folder.glob(pattern)):
                 return f"{found.relative_to(path)} is there"
+    return None
+
+
+def _ark(path: Path) -> str | None:
+    from sslim.data.ark_folders import find_archives
+
+    first = next(iter(find_archives(path)), None)
+    return None if first is None else f"{first.name if path.is_file() else first.relative_to(path)} is there, without a list"
+
+
+def _length_table(path: Path) -> str | None:
+    """S3PRL's columns, over audio."""
+    for table in [path] if path.is_file() else sorted(path.glob("*.csv")):
+        if table.suffix.lower() != ".csv" or not set(S3PRL_COLUMNS) <= set(_header(table)):
+            continue
+        if LEN_FOR_BUCKET in table.resolve().parent.name:
+            return f"{table.name} lies in a folder {LEN_FOR_BUCKET}"
+        with table.open(encoding="utf-8") as file:
+            listed = [line.strip() for line in islice(file, 1, 3)]
+        if any(f"{suffix}," in f"{line.lower()}," for line in listed for suffix in AUDIO_SUFFIXES):
+            return f"{table.name} has the columns {', '.join(S3PRL_COLUMNS)} and lists audio"
     return None
 
 
@@ -119,17 +143,30 @@ SOURCES: dict[str, SourceKind] = {  # in the order in which they are tried
         about="Kaldi data directory (wav.scp or feats.scp)",
         recognise=_kaldi,
         reader="sslim.data.kaldi:kaldi_source",
-        options=("stored_features",),
+        options=("stored_features", "frame_shift_ms"),
     ),
     "melhubert": SourceKind(
         about="MelHuBERT data folder (feature scp, .bas labels, .mean-var)",
         recognise=_melhubert,
         reader="sslim.data.melhubert_folders:melhubert_source",
     ),
+    "ark": SourceKind(
+        about="folder of Kaldi archives *.ark without lists, or of such folders",
+        recognise=_ark,
+        reader="sslim.data.ark_folders:ark_source",
+        options=("frame_shift_ms",),
+    ),
+    "len-for-bucket": SourceKind(
+        about="S3PRL's tables of lengths (CSV with file_path, length, label over audio)",
+        recognise=_length_table,
+        reader="sslim.data.length_tables:length_table_source",
+        options=("audio_root",),
+    ),
     "numpy": SourceKind(
-        about="CSV with file_path, label_path, length over .npy files",
+        about="CSV with file_path, label_path, length (MelHuBERT) or file_path, length, label (S3PRL) over .npy files",
         recognise=_numpy,
         reader="sslim.data.numpy_lists:numpy_source",
+        options=("frame_shift_ms",),
     ),
     "speech-commands": SourceKind(
         about="Speech Commands (a folder for each word)",
@@ -199,8 +236,8 @@ def detect_source(path: Path, options: SourceOptions | None = None) -> tuple[str
 
 
 def _given(options: SourceOptions) -> list[str]:
-    """Names of the options that the user set."""
-    return [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    """Names of the options that the user set and that only some kinds know; any features can be asked for of any kind."""
+    return [f.name for f in fields(options) if f.name != "features" and getattr(options, f.name) != f.default]
 
 
 def load_source(path: Path, kind: str, options: SourceOptions | None = None) -> Source:
@@ -222,9 +259,15 @@ def load_source(path: Path, kind: str, options: SourceOptions | None = None) -> 
             )
     module, function = SOURCES[kind].reader.split(":")
     reader = getattr(importlib.import_module(module), function)
-    if kind == "kaldi":
-        return reader(path, features=options.stored_features)
-    return reader(path) if kind in ("melhubert", "numpy") else reader(path, options)
+    stored = {"named": options.features, "frame_shift_ms": options.frame_shift_ms}
+    arguments: dict[str, dict[str, Any]] = {
+        "kaldi": {"features": options.stored_features, **stored},
+        "melhubert": {},
+        "ark": stored,
+        "len-for-bucket": {"audio_root": options.audio_root},
+        "numpy": stored,
+    }
+    return reader(path, **arguments[kind]) if kind in arguments else reader(path, options)
 
 
 def merge_sources(first: Source, others: list[Source]) -> Source:

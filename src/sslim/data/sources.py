@@ -6,6 +6,7 @@ is the table of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,23 @@ from pathlib import Path
 import numpy as np
 
 from sslim.frontends.config import SpectralFrontendConfig
+
+SPLIT_ROLES = {
+    "train": "train",
+    "dev": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "val": "dev",
+    "test": "test",
+}  # first words of splits' names
+
+
+def split_role(name: str | None) -> str | None:
+    """Returns ``train``, ``dev`` or ``test`` for the name of a split or folder, by its first word; None for any other.
+
+    ``train-clean-100``, ``dev_other`` and ``Test`` have a role, ``training`` and ``latest`` have not.
+    """
+    return None if name is None else SPLIT_ROLES.get(re.split(r"[-_. ]", name.lower(), maxsplit=1)[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,9 @@ class Utterances:
         paths: Where each comes from, for messages.
         inputs: Given positions to keep, how to read them.
         frame_period_s: Seconds from one frame of the model to the next.
+        durations_s: (n,) seconds of sound; 0 where that is unreadable.
+        speakers: Name of each one's speaker, None where nobody knows.
+        texts: Transcripts, None where there is none.
         bad: Position to reason of what is known to be unreadable.
     """
 
@@ -35,6 +38,9 @@ class Utterances:
     paths: tuple[str, ...]
     inputs: Callable[[np.ndarray], Inputs]
     frame_period_s: float
+    durations_s: np.ndarray
+    speakers: tuple[str | None, ...]
+    texts: tuple[str | None, ...]
     bad: dict[int, str] = field(default_factory=dict)
 
 
@@ -86,8 +92,13 @@ def find_audio(arguments: Sequence[Path]) -> list[tuple[str, Path]]:
     return list(zip(unique_ids(paths, stems), paths, strict=True))
 
 
-def open_audio(arguments: Sequence[Path], model: SpeechModel) -> Utterances:
+def open_audio(arguments: Sequence[Path], model: SpeechModel, *, waveforms: bool = False) -> Utterances:
     """Prepares audio files, folders of them, or one corpus folder (or its ``manifest.jsonl``) for ``model``.
+
+    Args:
+        arguments: What the user named.
+        model: Whose front-end decides.
+        waveforms: Read a corpus's waveforms even where it holds the model's features.
 
     Raises:
         ValueError: Nothing to read, or the model takes no waveforms.
@@ -96,10 +107,7 @@ def open_audio(arguments: Sequence[Path], model: SpeechModel) -> Utterances:
     if corpora and len(arguments) > 1:
         raise ValueError(f"{corpora[0]} is a corpus: it is extracted alone, not together with other audio")
     if corpora:
-        corpus = Corpus.open(_corpus_folder(corpora[0]))
-        ids = tuple(corpus.ids())
-        period_s = model_frame_shift_s(model, corpus)
-        return Utterances(ids=ids, paths=ids, inputs=lambda kept: corpus_inputs(model, corpus, kept), frame_period_s=period_s)
+        return _of_corpus(Corpus.open(_corpus_folder(corpora[0])), model, waveforms)
     if model.frontend is None:
         raise ValueError(f"this {model.config.family} model takes features, not waveforms: extract from a corpus folder")
     found = find_audio(arguments)
@@ -119,9 +127,30 @@ def open_audio(arguments: Sequence[Path], model: SpeechModel) -> Utterances:
 
         return Inputs(lengths=lengths[kept], unit_s=1.0 / rate, read=read, is_waveform=True)
 
-    period_s = model.frontend.frame_shift_s
-    ids = tuple(name for name, _ in found)
-    return Utterances(ids=ids, paths=tuple(map(str, paths)), inputs=inputs, frame_period_s=period_s, bad=bad)
+    unknown = (None,) * len(found)
+    return Utterances(
+        ids=tuple(name for name, _ in found),
+        paths=tuple(map(str, paths)),
+        inputs=inputs,
+        frame_period_s=model.frontend.frame_shift_s,
+        durations_s=lengths / rate,
+        speakers=unknown,
+        texts=unknown,
+        bad=bad,
+    )
+
+
+def _of_corpus(corpus: Corpus, model: SpeechModel, waveforms: bool) -> Utterances:
+    ids = tuple(corpus.ids())
+    return Utterances(
+        ids=ids,
+        paths=ids,
+        inputs=lambda kept: corpus_inputs(model, corpus, kept, waveforms=waveforms),
+        frame_period_s=model_frame_shift_s(model, corpus),
+        durations_s=corpus.num_samples / corpus.sample_rate,
+        speakers=tuple(corpus.column("speaker")),
+        texts=tuple(corpus.column("text")),
+    )
 
 
 def _corpus_folder(path: Path) -> Path:

@@ -9,6 +9,7 @@ from sslim.frontends.config import (
     HUBERT_CONV_LAYERS,
     ConvFrontendConfig,
     ConvLayerConfig,
+    DecibelConfig,
     FeaturesConfig,
     FilterbankConfig,
     FrontendConfig,
@@ -17,6 +18,8 @@ from sslim.frontends.config import (
     SpectralFrontendConfig,
     SpectrogramConfig,
     StftConfig,
+    StftMfccConfig,
+    StoredFeaturesConfig,
     Window,
 )
 from sslim.frontends.convolution import ConvFrontend
@@ -46,6 +49,7 @@ __all__ = [
     "ConvFrontend",
     "ConvFrontendConfig",
     "ConvLayerConfig",
+    "DecibelConfig",
     "FeaturesConfig",
     "FilterbankConfig",
     "Frontend",
@@ -57,6 +61,8 @@ __all__ = [
     "SpectralFrontendConfig",
     "SpectrogramConfig",
     "StftConfig",
+    "StftMfccConfig",
+    "StoredFeaturesConfig",
     "Window",
     "build_frontend",
     "load_statistics",

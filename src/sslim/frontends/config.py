@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from sslim.config import OMIT_DEFAULT
 
 Window = Literal["hamming", "povey", "hann", "rectangular", "blackman"]
 
@@ -27,6 +29,7 @@ class FilterbankConfig:
         log: Natural logarithm, floored at float32 epsilon.
         use_energy: Put log energy before the channels (F + 1 features).
         raw_energy: Measure that energy before pre-emphasis and windowing.
+        energy_floor: Least value of that energy before its logarithm; 0 for none but float32 epsilon (Kaldi), 1 for torchaudio.
         waveform_scale: Factor on waveforms in [-1, 1]; 32768 for 16-bit scale.
     """
 
@@ -45,6 +48,7 @@ class FilterbankConfig:
     log: bool = True
     use_energy: bool = False
     raw_energy: bool = True
+    energy_floor: float = field(default=0.0, metadata={OMIT_DEFAULT: True})
     waveform_scale: float = 1.0
 
 
@@ -77,21 +81,42 @@ class SpectrogramConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecibelConfig:
+    """Magnitudes in decibels, brought to 0 to 1 and cut there (S3PRL's ``linear`` features; Tacotron's spectrograms).
+
+    The result is ``(20 log10(max(floor, magnitude)) - reference_db + range_db) / range_db``.
+
+    Attributes:
+        floor: Least magnitude.
+        reference_db: What becomes 1.
+        range_db: What lies so far below becomes 0.
+    """
+
+    floor: float = 1e-5
+    reference_db: float = 20.0
+    range_db: float = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class StftConfig:
-    """Centred short-time Fourier transform: powers, or Mel channels of them (S3PRL's ``OnlinePreprocessor``).
+    """Centred short-time Fourier transform: powers, or Mel channels of them.
 
     Frame t is centred on sample ``t * shift``, the waveform mirrored at both ends; the Hann window is periodic; the triangular
-    channels (HTK's Mel scale) are linear in Hz and not normalised. With 128 channels and ``log_offset`` 1e-6, a front-end's
-    ``cepstra`` are torchaudio's MFCC.
+    channels are linear in Hz. The defaults are S3PRL's ``OnlinePreprocessor`` (torchaudio): with 128 channels and a
+    ``log_offset`` of 1e-6, a front-end's ``cepstra`` are torchaudio's MFCC. ``mel_scale="slaney"`` gives librosa's features.
 
     Attributes:
         sample_rate: Hz.
         num_bins: Bins of the spectrum (``n_freq``); the transform has ``2 * (num_bins - 1)`` samples.
         num_mel_bins: Mel channels F between 0 Hz and half the sample rate; 0 for the bins themselves.
+        mel_scale: ``htk`` (torchaudio's default: all channels 1 high) or ``slaney`` (librosa's default: linear below 1 kHz, and
+            all channels of the same area).
         frame_length_ms: Window length, in the middle of the transform.
         frame_shift_ms: Hop.
+        preemphasis: Coefficient, of the whole waveform before it is mirrored; 0 for none.
         log: Natural logarithm.
         log_offset: Added to powers before the logarithm.
+        decibels: Scale of magnitudes, in place of powers and their logarithm; only for the bins themselves.
         level_db: Level in dB that each utterance's root mean square is brought to (``target_level``); None leaves it.
     """
 
@@ -99,14 +124,64 @@ class StftConfig:
     sample_rate: int = 16000
     num_bins: int = 201
     num_mel_bins: int = 80
+    mel_scale: Literal["htk", "slaney"] = field(default="htk", metadata={OMIT_DEFAULT: True})
     frame_length_ms: float = 25.0
     frame_shift_ms: float = 10.0
+    preemphasis: float = field(default=0.0, metadata={OMIT_DEFAULT: True})
     log: bool = True
     log_offset: float = 1e-10
+    decibels: DecibelConfig | None = field(default=None, metadata={OMIT_DEFAULT: True})
     level_db: float | None = None
 
 
-FeaturesConfig = FilterbankConfig | MfccConfig | SpectrogramConfig | StftConfig
+@dataclass(frozen=True, kw_only=True)
+class StftMfccConfig:
+    """MFCC of Mel channels in decibels, as librosa computes them: DCT-II without liftering.
+
+    Attributes:
+        spectrum: The Mel channels, without logarithm.
+        num_coefficients: Cepstra kept.
+        range_db: Channels more than this below the loudest one of the utterance are raised to there (``top_db``).
+        rms: Put the root mean square of the frame's samples, not windowed, in place of C0 (S3PRL).
+    """
+
+    kind: Literal["stft_mfcc"] = "stft_mfcc"
+    spectrum: StftConfig = StftConfig(num_mel_bins=128, mel_scale="slaney", log=False)
+    num_coefficients: int = 13
+    range_db: float = 80.0
+    rms: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFeaturesConfig:
+    """Features that come from elsewhere and cannot be computed here, for example fMLLR: only their width and times are known.
+
+    Attributes:
+        name: What they are, for people.
+        dim: Width F.
+        frame_shift_ms: From one frame to the next.
+        centred: Whether frame t is centred on ``t * frame_shift_ms``; else it stands for a window that starts there.
+        frame_length_ms: That window.
+        sample_rate: Hz of the sound they were made from.
+    """
+
+    kind: Literal["stored"] = "stored"
+    name: str
+    dim: int
+    frame_shift_ms: float
+    centred: bool = False
+    frame_length_ms: float = 25.0
+    sample_rate: int = 16000
+
+
+FeaturesConfig = FilterbankConfig | MfccConfig | SpectrogramConfig | StftConfig | StftMfccConfig | StoredFeaturesConfig
+
+
+def features_sample_rate(features: FeaturesConfig) -> int:
+    """Returns the sample rate in Hz of the waveforms that features are made from."""
+    if isinstance(features, StftMfccConfig):
+        return features.spectrum.sample_rate
+    return features.filterbank.sample_rate if isinstance(features, MfccConfig | SpectrogramConfig) else features.sample_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +189,16 @@ class NormalizationConfig:
     """Mean and variance normalisation of features (after deltas).
 
     Attributes:
-        kind: ``global`` uses stored statistics, ``utterance`` each utterance's own valid frames, ``none`` nothing.
+        kind: ``global`` uses stored statistics, ``utterance`` each utterance's own valid frames, ``none`` nothing. ``speaker``
+            subtracts the mean of all frames of an utterance's speaker (Kaldi's ``apply-cmvn`` without options), from the base
+            features: a corpus holds them without it. Of a waveform alone the speaker is not known, and each utterance is taken
+            for all that its speaker has said.
         statistics: Where the global statistics come from, e.g. ``libri-960``; None while they are missing.
         unbiased: For ``utterance``: divide by T - 1 (S3PRL) instead of T.
         eps: Added to the standard deviation.
     """
 
-    kind: Literal["global", "utterance", "none"] = "none"
+    kind: Literal["global", "utterance", "speaker", "none"] = "none"
     statistics: str | None = None
     unbiased: bool = False
     eps: float = 0.0
@@ -136,6 +214,8 @@ class SpectralFrontendConfig:
             With a log filterbank underneath this is MFCC without liftering, computed from stored filterbank features.
         deltas: Orders of deltas appended (0, 1, 2).
         delta_window: Frames on each side of a delta's regression.
+        delta_kind: ``regression`` repeats the edges and takes the delta of the delta (torchaudio); ``savitzky_golay`` fits a
+            polynomial of the order to the features themselves, at the edges to the outermost window (librosa).
         normalization: Mean and variance normalisation.
         stack: Frames concatenated into one.
         stack_tail: What becomes of frames that do not fill a stack: ``pad`` with zeros (MelHuBERT) or ``drop`` (S3PRL).
@@ -146,9 +226,16 @@ class SpectralFrontendConfig:
     cepstra: int = 0
     deltas: int = 0
     delta_window: int = 2
+    delta_kind: Literal["regression", "savitzky_golay"] = field(default="regression", metadata={OMIT_DEFAULT: True})
     normalization: NormalizationConfig = NormalizationConfig()
     stack: int = 1
     stack_tail: Literal["pad", "drop"] = "pad"
+
+
+def same_base_features(one: SpectralFrontendConfig, other: SpectralFrontendConfig) -> bool:
+    """Returns whether two front-ends have the same base features, which is what a corpus stores."""
+    without_speaker = [config.normalization.kind == "speaker" for config in (one, other)]
+    return one.features == other.features and without_speaker[0] == without_speaker[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,15 +39,50 @@ def delta(features: Padded, window: int = 2) -> Padded:
     return Padded(values=zero_padding(slope, features.lengths), lengths=features.lengths)
 
 
-def append_deltas(features: Padded, orders: int, window: int = 2) -> Padded:
+def savitzky_golay(features: Padded, order: int, window: int = 4) -> Padded:
+    """Returns the ``order``-th derivative of a polynomial of that order, fitted to ``window`` frames on each side.
+
+    Frames with fewer neighbours have the derivative that the outermost whole window gives. Corresponds to
+    ``librosa.feature.delta(width=2*window+1, order=order)``, which refuses what is shorter than a window; here its last valid
+    frame is repeated until there is one.
+
+    Args:
+        features: (B, T, F).
+        order: 1 or 2.
+        window: Frames on each side.
+    """
+    num_frames = features.values.shape[1]
+    if num_frames == 0:
+        return features
+    width = 2 * window + 1
+    held = _hold_last_frame(features)
+    if num_frames < width:
+        held = functional.pad(held.transpose(1, 2), (0, width - num_frames), mode="replicate").transpose(1, 2)
+    offsets = torch.arange(-window, window + 1, dtype=torch.float64)
+    basis = offsets if order == 1 else offsets.square() - offsets.square().mean()
+    weights = (order * basis / basis.square().sum()).to(held)  # the derivative of b k is b, that of a k^2 is 2 a
+    # the first frame is subtracted first: constants then give exact zeros, whatever the weights add up to in float32
+    shifted = held - held[:, :1].detach()
+    fitted = functional.conv1d(shifted.transpose(1, 2).reshape(-1, 1, held.shape[1]), weights[None, None])
+    fitted_BTF = fitted.reshape(held.shape[0], held.shape[2], -1).transpose(1, 2)
+    last_B1 = (features.lengths - width).clamp(min=0)[:, None]
+    place_BT = torch.minimum((torch.arange(num_frames, device=held.device)[None] - window).clamp(min=0), last_B1)
+    slope = fitted_BTF.gather(1, place_BT[..., None].expand(-1, -1, held.shape[2]))
+    return Padded(values=zero_padding(slope, features.lengths), lengths=features.lengths)
+
+
+def append_deltas(
+    features: Padded, orders: int, window: int = 2, kind: Literal["regression", "savitzky_golay"] = "regression"
+) -> Padded:
     """Returns features with ``orders`` deltas appended: (B, T, F * (1 + orders)).
 
-    Each order is the delta of the one before, edges repeated anew each time, as S3PRL's extracter does. Kaldi's ``add-deltas``
-    repeats only the features' own edges: its second order differs within ``window`` frames of either end.
+    By ``regression`` each order is the delta of the one before, edges repeated anew each time, as S3PRL's extracter does.
+    Kaldi's ``add-deltas`` repeats only the features' own edges: its second order differs within ``window`` frames of either
+    end. By ``savitzky_golay`` each order is fitted to the features themselves.
     """
     parts = [features]
-    for _ in range(orders):
-        parts.append(delta(parts[-1], window))
+    for order in range(1, orders + 1):
+        parts.append(delta(parts[-1], window) if kind == "regression" else savitzky_golay(features, order, window))
     return Padded(values=torch.cat([part.values for part in parts], dim=-1), lengths=features.lengths)
 
 

@@ -115,6 +115,8 @@ def _check(config: KaldiConfig, filterbank: FilterbankConfig) -> None:
         raise ValueError(f"num_mel_bins is {filterbank.num_mel_bins}; it must be at least 1")
     if not 0 <= filterbank.preemphasis <= 1:
         raise ValueError(f"preemphasis is {filterbank.preemphasis:g}; it must lie between 0 and 1")
+    if not (math.isfinite(filterbank.energy_floor) and filterbank.energy_floor >= 0):
+        raise ValueError(f"energy_floor is {filterbank.energy_floor:g}; it must not be negative")
     if not (math.isfinite(filterbank.waveform_scale) and filterbank.waveform_scale > 0):
         raise ValueError(f"waveform_scale is {filterbank.waveform_scale:g}; it must be above zero")
     if config.kind != "filterbank" and not (filterbank.log and filterbank.power):
@@ -266,6 +268,7 @@ class KaldiFeatures(FixedTables):
         else:
             energy_BT1 = windowed_BTP.square().sum(-1, keepdim=True)
         replaced = 0 if self.config.kind == "filterbank" else 1  # C0 of an MFCC, bin 0 of a spectrogram
+        energy_BT1 = energy_BT1.clamp(min=filterbank.energy_floor)
         return torch.cat([_log(energy_BT1).to(dtype), values[..., replaced:]], dim=-1)
 
 

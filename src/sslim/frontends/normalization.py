@@ -24,6 +24,19 @@ def normalize_globally(features: Padded, mean_F: Tensor, std_F: Tensor, eps: flo
     return Padded(values=zero_padding(values, features.lengths), lengths=features.lengths)
 
 
+def without_mean(features: Padded) -> Padded:
+    """Returns ``x - mean`` with each utterance's own mean per channel, zero beyond each length.
+
+    Args:
+        features: (B, T, F).
+    """
+    if features.values.shape[1] == 0:
+        return features
+    values = zero_padding(features.values, features.lengths)
+    mean_B1F = values.sum(dim=1, keepdim=True) / features.lengths.clamp(min=1)[:, None, None]
+    return Padded(values=zero_padding(values - mean_B1F, features.lengths), lengths=features.lengths)
+
+
 def normalize_per_utterance(features: Padded, *, unbiased: bool = False, eps: float = 0.0) -> Padded:
     """Returns ``(x - mean) / (std + eps)`` with each utterance's own mean and standard deviation per channel.
 

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sslim.audio import num_stacked_frames
 from sslim.batch import Padded, zero_padding
-from sslim.frontends.config import SpectralFrontendConfig, StftConfig
+from sslim.frontends.config import (
+    FeaturesConfig,
+    FilterbankConfig,
+    MfccConfig,
+    SpectralFrontendConfig,
+    SpectrogramConfig,
+    StftConfig,
+    StftMfccConfig,
+    StoredFeaturesConfig,
+)
 from sslim.frontends.context import append_deltas, stack_frames
 from sslim.frontends.kaldi import KaldiFeatures
-from sslim.frontends.normalization import normalize_globally, normalize_per_utterance
+from sslim.frontends.normalization import normalize_globally, normalize_per_utterance, without_mean
 from sslim.frontends.statistics import PUBLISHED_STATISTICS, check_statistics
 from sslim.frontends.stft import StftFeatures
+from sslim.frontends.stft_mfcc import StftMfccFeatures
+from sslim.frontends.stored import StoredFeatures
+
+Features = KaldiFeatures | StftFeatures | StoredFeatures
+FEATURES: dict[type, Callable[[Any], Features]] = {
+    FilterbankConfig: KaldiFeatures,
+    MfccConfig: KaldiFeatures,
+    SpectrogramConfig: KaldiFeatures,
+    StftConfig: StftFeatures,
+    StftMfccConfig: StftMfccFeatures,
+    StoredFeaturesConfig: StoredFeatures,
+}
+
+
+def build_features(config: FeaturesConfig) -> Features:
+    """Returns the per-frame transformation that ``config`` describes.
+
+    Raises:
+        ValueError: The description contradicts itself.
+    """
+    return FEATURES[type(config)](config)
 
 
 def _check(config: SpectralFrontendConfig) -> None:
@@ -59,10 +91,7 @@ class SpectralFrontend(nn.Module):
         super().__init__()
         _check(config)
         self.config = config
-        stft = isinstance(config.features, StftConfig)
-        self.features: KaldiFeatures | StftFeatures = (
-            StftFeatures(config.features) if stft else KaldiFeatures(config.features)  # type: ignore[arg-type]
-        )
+        self.features = build_features(config.features)
         self.sample_rate = self.features.sample_rate
         self.base_dim = self.features.dim
         self.base_frame_shift_s = self.features.shift / self.sample_rate
@@ -112,7 +141,7 @@ class SpectralFrontend(nn.Module):
         self.config = replace(self.config, normalization=replace(self.config.normalization, statistics=source))
 
     def base_features(self, waveform_BS: Tensor, lengths_B: Tensor) -> Padded:
-        """Features before deltas, normalisation and stacking.
+        """Features before deltas, normalisation and stacking; each utterance is taken for all that its speaker has said.
 
         Args:
             waveform_BS: (B, S) float samples in [-1, 1] at ``sample_rate``.
@@ -125,7 +154,8 @@ class SpectralFrontend(nn.Module):
             ValueError: The shapes do not fit.
         """
         with torch.autocast(waveform_BS.device.type, enabled=False):
-            return self.features(waveform_BS, lengths_B)
+            features = self.features(waveform_BS, lengths_B)
+            return without_mean(features) if self.config.normalization.kind == "speaker" else features
 
     def finish(self, base: Padded) -> Padded:
         """Cepstra, deltas, normalisation, stacking of base features (B, T, base_dim), any float type, to (B, T', feature_dim).
@@ -133,18 +163,23 @@ class SpectralFrontend(nn.Module):
         Raises:
             ValueError: Global statistics are needed and missing.
         """
+        return stack_frames(self._normalize(self.unnormalized(base)), self.stack, self.config.stack_tail)
+
+    def unnormalized(self, base: Padded) -> Padded:
+        """Cepstra and deltas of base features (B, T, base_dim), any float type: (B, T, normalized_dim)."""
         values = base.values if base.values.dtype == torch.float64 else base.values.float()
         if self.dct is not None:
             with torch.autocast(values.device.type, enabled=False):
                 values = zero_padding(values @ self.dct.to(values.dtype), base.lengths)
-        features = append_deltas(Padded(values=values, lengths=base.lengths), self.config.deltas, self.config.delta_window)
-        return stack_frames(self._normalize(features), self.stack, self.config.stack_tail)
+        config = self.config
+        padded = Padded(values=values, lengths=base.lengths)
+        return append_deltas(padded, config.deltas, config.delta_window, config.delta_kind)
 
     def _normalize(self, features: Padded) -> Padded:
         normalization = self.config.normalization
         if normalization.kind == "utterance":
             return normalize_per_utterance(features, unbiased=normalization.unbiased, eps=normalization.eps)
-        if normalization.kind == "none":
+        if normalization.kind in ("none", "speaker"):  # a speaker's mean is no longer in the base features
             return features
         if self.mean is None or self.std is None:
             raise ValueError(

@@ -8,8 +8,9 @@ rows, the heads columns, and a mask embedding as wide as the model its end.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sslim.models.search_space import SearchSpace, Subnet, units_of
 from sslim.models.speech import ModelConfig, Projection, SpeechModel, restore_statistics
 from sslim.models.storage import require_float
 from sslim.nn.encoder import BlockConfig, EncoderConfig
+from sslim.nn.encoders import build_encoder
 from sslim.nn.heads import (
     CodewordHeadConfig,
     HeadConfig,
@@ -61,11 +63,11 @@ def check_supernet(config: ModelConfig) -> SearchSpace:
     space = config.search_space
     if space is None:
         raise ValueError(f"this {config.family} model is no supernet: it has no search space")
-    space.check(config.encoder)
-    if not config.projection.linear and space.dims != (config.encoder.dim,):
+    space.check(config.transformer)
+    if not config.projection.linear and space.dims != (config.transformer.dim,):
         raise ValueError(
             f"without a linear projection the width of the model is that of its features: dims of the search space must be "
-            f"({config.encoder.dim},), not {space.dims}"
+            f"({config.transformer.dim},), not {space.dims}"
         )
     return space
 
@@ -76,16 +78,16 @@ def model_units(config: ModelConfig, choice: Choice) -> Units:
     Raises:
         ValueError: The supernet cannot hold the subnet.
     """
-    return units_of(config.encoder, config.search_space or "prefix", resolve_subnet(config, choice))
+    return units_of(config.transformer, config.search_space or "prefix", resolve_subnet(config, choice))
 
 
 def slice_model_config(config: ModelConfig, units: Units) -> ModelConfig:
     """Returns the description of what :func:`slice_model` leaves: an ordinary model without a search space."""
     dim = len(units.channels)
-    encoder = slice_config(config.encoder, units)
-    if dim < config.encoder.dim and isinstance(encoder.positions, ConvPositionsConfig):
+    encoder = slice_config(config.transformer, units)
+    if dim < config.transformer.dim and isinstance(encoder.positions, ConvPositionsConfig):
         encoder = replace(encoder, positions=replace(encoder.positions, weight_norm=False))  # folded before it is cut
-    heads = {name: _slice_head(head, config.encoder.dim, dim) for name, head in config.heads.items()}
+    heads = {name: _slice_head(head, config.transformer.dim, dim) for name, head in config.heads.items()}
     return replace(config, encoder=encoder, heads=heads, search_space=None)
 
 
@@ -117,10 +119,10 @@ def model_view(model: SpeechModel, units: Units) -> SpeechModel:
     """
     require_float(model)
     config = slice_model_config(model.config, units)
-    kept, dim = {"channels": units.channels}, model.config.encoder.dim
+    kept, dim = {"channels": units.channels}, model.config.transformer.dim
     with torch.device("meta"):
-        projection = Projection(config.projection, config.encoder.dim)
-        heads = nn.ModuleDict({name: build_head(config.encoder.dim, head) for name, head in config.heads.items()})
+        projection = Projection(config.projection, config.transformer.dim)
+        heads = nn.ModuleDict({name: build_head(config.transformer.dim, head) for name, head in config.heads.items()})
     whole = dict(model.projection.named_parameters())
     cut = {"linear.weight": ("channels", None), "linear.bias": ("channels",)}
     place(projection, {name: slice_tensor(tensor, cut.get(name, ()), kept) for name, tensor in whole.items()})
@@ -130,7 +132,7 @@ def model_view(model: SpeechModel, units: Units) -> SpeechModel:
         place(heads[name], {leaf: slice_tensor(tensor, axes.get(leaf, ()), kept) for leaf, tensor in tensors.items()})
     view = copy.copy(model)
     view.config, view.provenance = config, list(model.provenance)
-    parts = {"projection": projection, "encoder": encoder_view(model.encoder, units), "heads": heads}
+    parts = {"projection": projection, "encoder": encoder_view(model.transformer, units), "heads": heads}
     view._modules = {**model._modules, **{name: part.train(model.training) for name, part in parts.items()}}
     return view
 
@@ -194,10 +196,11 @@ def subnet_parameters(config: ModelConfig, subnet: Choice, *, with_heads: bool =
 
 def count_parameters(config: ModelConfig, *, with_heads: bool = True) -> int:
     """Counts a model's parameters from its description, whatever they are stored as; equals ``SpeechModel.num_parameters``."""
-    features, dim = config.projection.stacked_dim, config.encoder.dim
-    projection = 2 * features * config.projection.norm + _linear(features, dim) * config.projection.linear
-    total = _frontend(config.frontend) + projection + _encoder(config.encoder)
-    return total + sum(_head(head, dim) for head in config.heads.values()) * with_heads
+    features, encoder = config.projection.stacked_dim, config.encoder
+    projection = 2 * features * config.projection.norm + _linear(features, encoder.input_dim) * config.projection.linear
+    total = _frontend(config.frontend) + projection
+    total += _encoder(encoder) if isinstance(encoder, EncoderConfig) else _built(lambda: build_encoder(encoder))
+    return total + sum(_built(partial(build_head, encoder.dim, head)) for head in config.heads.values()) * with_heads
 
 
 def _linear(in_dim: int, out_dim: int, rank: int | None = None) -> int:
@@ -239,6 +242,6 @@ def _block(config: EncoderConfig, block: BlockConfig) -> int:
     return total + 2 * dim * sum(bool(part) or block.keep_norms for part in (inner, units))
 
 
-def _head(head: HeadConfig, dim: int) -> int:
+def _built(build: Callable[[], nn.Module]) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_head(dim, head).parameters())
+        return sum(parameter.numel() for parameter in build().parameters())

@@ -17,6 +17,7 @@ from sslim.audio import num_stacked_frames, read_audio
 from sslim.batch import EncoderOutput, Padded
 from sslim.data.corpus import Corpus
 from sslim.frontends import SpectralFrontendConfig
+from sslim.frontends.config import same_base_features
 from sslim.models.speech import SpeechModel
 from sslim.models.stacking import padded_to_stacks
 
@@ -47,7 +48,7 @@ def reads_stored_features(model: SpeechModel, corpus: Corpus) -> bool:
     if model.config.frontend is None:
         return True
     frontend = model.config.frontend
-    return isinstance(frontend, SpectralFrontendConfig) and corpus.frontend_config.features == frontend.features
+    return isinstance(frontend, SpectralFrontendConfig) and same_base_features(corpus.frontend_config, frontend)
 
 
 def corpus_inputs(
@@ -184,8 +185,8 @@ def encode_utterances(
                 on_error(position, error)
                 continue
             if _num_output_frames(model, len(value), inputs.is_waveform) < 1:
-                empty = torch.zeros(0, model.config.encoder.dim)
-                yield position, (empty,) * (model.num_layers + 1), empty
+                encoder = model.config.encoder
+                yield position, tuple(torch.zeros(0, dim) for dim in encoder.layer_dims), torch.zeros(0, encoder.dim)
                 continue
             positions.append(position)
             values.append(value)

@@ -90,7 +90,7 @@ def reference_parameter_count(config: ModelConfig, subnet: Choice) -> int:
     """
     small = subnet_config(config, subnet)
     total = count_parameters(small, with_heads=False)
-    positions = small.encoder.positions
+    positions = small.transformer.positions
     if isinstance(positions, ConvPositionsConfig) and positions.weight_norm:
         total -= positions.kernel_size
     mask = config.heads.get(MASK)

@@ -71,6 +71,7 @@ def reconstruction_model(
     target_dim: int | None = None,
     norm_placement: Literal["post", "pre"] = "post",
     dropout: float = 0.1,
+    init_deviation: float | None = 0.02,
 ) -> ModelConfig:
     """Returns a model of this family; :func:`mockingjay`, :func:`tera` and :func:`aalbert` give it their defaults.
 
@@ -87,6 +88,7 @@ def reconstruction_model(
         target_dim: Width of what the head restores, for each frame before stacking; None for the features themselves.
         norm_placement: ``pre`` for S3PRL's ``pre_layer_norm``.
         dropout: On hidden states and attention weights; the reference has none after the activation.
+        init_deviation: Of a new projection's weights; the reference draws all from N(0, 0.02), small beside the sinusoids.
 
     Raises:
         ValueError: Widths that do not fit, or no width at all.
@@ -99,7 +101,7 @@ def reconstruction_model(
     return ModelConfig(
         family=family,
         frontend=None if frontend is None else replace(frontend, stack=stack, stack_tail="drop"),
-        projection=ProjectionConfig(feature_dim=found * stack // inside, stack=inside),
+        projection=ProjectionConfig(feature_dim=found * stack // inside, stack=inside, init_deviation=init_deviation),
         encoder=EncoderConfig(
             dim=dim,
             blocks=(block,) * (1 if shared else num_layers),

@@ -19,6 +19,7 @@ from sslim.models.search_space import SearchSpace
 from sslim.models.stacking import stack_given
 from sslim.models.storage import Storage, prepare_storage, require_float, stored_as
 from sslim.nn.encoder import Encoder, EncoderConfig
+from sslim.nn.encoders import AnyEncoder, AnyEncoderConfig, build_encoder
 from sslim.nn.heads import HeadConfig, build_head
 
 
@@ -32,12 +33,15 @@ class ProjectionConfig:
         linear: Whether a linear map F to D follows (``pre_extract_proj``, ``post_extract_proj``); False only when F equals D.
         stack: Frames concatenated before the linear map, which then takes ``stack * F``; for models without a front-end, which
             would do it itself (``downsample_rate`` of S3PRL; see ``sslim.models.stacking``).
+        init_deviation: A new model's weights of the linear map are drawn from a normal distribution of this standard deviation,
+            its biases zero (0.02 in S3PRL); None for torch's uniform default.
     """
 
     feature_dim: int
     norm: bool = False
     linear: bool = True
     stack: int = field(default=1, metadata={OMIT_DEFAULT: True})
+    init_deviation: float | None = field(default=None, metadata={OMIT_DEFAULT: True})
 
     def __post_init__(self) -> None:
         if self.stack < 1:
@@ -59,7 +63,7 @@ class ModelConfig:
         family: Where the architecture comes from, for people: ``melhubert``, ``hubert``, ...
         frontend: Waveform to features; None for models over features that sslim cannot compute (fMLLR).
         projection: Features to model width.
-        encoder: The Transformer.
+        encoder: The Transformer, recurrent layers or convolutions (``sslim.nn.encoders``).
         heads: Heads by the name of the objective that trains them.
         search_space: What a supernet's subnets can be; None for an ordinary model.
         storage: How its weights are stored (``sslim.models.storage``); None for float32.
@@ -69,7 +73,7 @@ class ModelConfig:
     family: str
     frontend: FrontendConfig | None
     projection: ProjectionConfig
-    encoder: EncoderConfig
+    encoder: AnyEncoderConfig
     heads: dict[str, HeadConfig] = field(default_factory=dict)
     search_space: SearchSpace | None = None
     storage: Storage | None = field(default=None, metadata={OMIT_DEFAULT: True})  # descriptions from before it stay the same
@@ -80,10 +84,26 @@ class ModelConfig:
             raise ValueError(f"projection.stack is {self.projection.stack}; a model with a front-end leaves stacking to it")
         if self.storage is not None and self.search_space is not None:
             raise ValueError(f"a supernet cannot be stored as {self.storage}: extract a subnet and quantise that")
-        if not self.projection.linear and self.projection.feature_dim != self.encoder.dim:
+        if self.search_space is not None and not isinstance(self.encoder, EncoderConfig):
+            raise ValueError(f"a supernet needs a Transformer, this {self.family} model has a {self.encoder.kind} encoder")
+        if not self.projection.linear and self.projection.feature_dim != (width := self.encoder.input_dim):
+            name = "dim" if isinstance(self.encoder, EncoderConfig) else "the encoder's input_dim"
+            given = self.projection.feature_dim
+            raise ValueError(f"without a linear projection the {given} features must equal {name} {width}")
+
+    @property
+    def transformer(self) -> EncoderConfig:
+        """The encoder, for what works on attention heads, feed-forward parts or blocks.
+
+        Raises:
+            ValueError: It is of another kind.
+        """
+        if not isinstance(self.encoder, EncoderConfig):
             raise ValueError(
-                f"without a linear projection the {self.projection.feature_dim} features must equal dim {self.encoder.dim}"
+                f"this {self.family} model has a {self.encoder.kind} encoder, and this needs a Transformer's attention heads, "
+                "feed-forward parts or blocks"
             )
+        return self.encoder
 
 
 class Projection(nn.Module):
@@ -93,10 +113,16 @@ class Projection(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.feature_dim) if config.norm else None
         self.linear = nn.Linear(config.stacked_dim, dim) if config.linear else None
+        self.init_deviation = config.init_deviation
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """torch's default for a linear map, U(-1/sqrt(F), 1/sqrt(F)) for weight and bias."""
-        if self.linear is not None:
+        """torch's default for a linear map, U(-1/sqrt(F), 1/sqrt(F)) for weight and bias, or N(0, ``init_deviation``) and 0."""
+        if self.linear is None:
+            return
+        if self.init_deviation is not None:
+            nn.init.normal_(self.linear.weight, 0.0, self.init_deviation, generator=generator)
+            nn.init.zeros_(self.linear.bias)
+        else:
             bound = self.linear.in_features**-0.5
             nn.init.uniform_(self.linear.weight, -bound, bound, generator=generator)
             nn.init.uniform_(self.linear.bias, -bound, bound, generator=generator)
@@ -113,7 +139,7 @@ class SpeechModel(nn.Module):
         config: Its description.
         frontend: Waveform to features, with ``sample_rate``, ``frame_shift_s`` and ``num_frames(num_samples)``; may be None.
         projection: Features to model width.
-        encoder: The Transformer.
+        encoder: The Transformer, recurrent layers or convolutions.
         heads: Heads by objective name.
         provenance: Where the tensors come from, newest last: plain JSON values, saved with the model.
     """
@@ -127,8 +153,8 @@ class SpeechModel(nn.Module):
                 f"the front-end gives {self.frontend.feature_dim} features, "
                 f"the projection takes {config.projection.feature_dim}"
             )
-        self.projection = Projection(config.projection, config.encoder.dim)
-        self.encoder = Encoder(config.encoder)
+        self.projection = Projection(config.projection, config.encoder.input_dim)
+        self.encoder: AnyEncoder = build_encoder(config.encoder)
         self.heads = nn.ModuleDict({name: build_head(config.encoder.dim, head) for name, head in config.heads.items()})
         prepare_storage(self.encoder, config.storage)
         self.provenance = list(provenance or [])
@@ -147,6 +173,17 @@ class SpeechModel(nn.Module):
     @property
     def num_layers(self) -> int:
         return self.config.encoder.num_layers
+
+    @property
+    def transformer(self) -> Encoder:
+        """The encoder, for what works on its blocks.
+
+        Raises:
+            ValueError: It is no Transformer; see ``ModelConfig.transformer``.
+        """
+        assert self.config.transformer is not None
+        assert isinstance(self.encoder, Encoder)
+        return self.encoder
 
     def set_statistics(self, mean_F: Tensor, std_F: Tensor, *, source: str) -> None:
         """Gives the front-end its global mean and standard deviation, and the description their origin."""
@@ -205,7 +242,10 @@ class SpeechModel(nn.Module):
 
         def run(x_BTD: Tensor, lengths_B: Tensor) -> EncoderOutput:
             full = bool((lengths_B == x_BTD.shape[1]).all())
-            return self.encoder(x_BTD, None if full else lengths_B, keep_layers=keep_layers, need_weights=need_weights)
+            lengths = None if full else lengths_B
+            if need_weights:
+                return self.transformer(x_BTD, lengths, keep_layers=keep_layers, need_weights=True)
+            return self.encoder(x_BTD, lengths, keep_layers=keep_layers)
 
         if self._cuts_long_inputs:
             assert self.config.chunking is not None

@@ -49,13 +49,20 @@ def prepare_storage(encoder: nn.Module, storage: Storage | None) -> None:
 def stored_as(model: SpeechModel, storage: Storage) -> SpeechModel:
     """Returns a copy of a float32 model, in eval mode, whose weights are those of another storage.
 
-    With int8 the linear maps of the encoder (attention and feed-forward, factors too) change; convolutions, norms, gates,
-    projection and heads do not. With half precision every parameter is rounded; statistics of features are not.
+    With int8 the linear maps of the encoder (attention and feed-forward, factors too) change; convolutions, recurrent layers,
+    norms, gates, codebooks, projection and heads do not. With half precision every parameter is rounded; statistics of features
+    are not.
 
     Raises:
-        ValueError: The model is quantised already, or weights are not finite or too large for the storage.
+        ValueError: The model is quantised already, its encoder has no linear maps that int8 could store, or weights are not
+            finite or too large for the storage.
     """
     require_float(model)
+    if storage in INT8 and not any(isinstance(module, nn.Linear) for module in model.encoder.modules()):
+        raise ValueError(
+            f"the {model.config.encoder.kind} encoder of this {model.config.family} model has no linear maps, so {storage} "
+            "would change nothing: bf16 and fp16 store it in half the bytes"
+        )
     small = copy.deepcopy(model).eval()
     small.config = replace(model.config, storage=storage)
     if storage in INT8:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sslim.batch import valid_mask
 from sslim.nn.dropout import dropout
 from sslim.nn.linear import linear
+from sslim.nn.past import Continuation
 from sslim.nn.reference_windows import ReferenceWindows
 from sslim.nn.relative_positions import RelativeGate, by_query_and_key
 from sslim.nn.windows import Chunks
@@ -87,7 +88,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask: Tensor | Chunks | ReferenceWindows | None = None,
+        mask: Tensor | Chunks | ReferenceWindows | Continuation | None = None,
         distances_NR: Tensor | None = None,
         *,
         need_weights: bool = False,
@@ -96,9 +97,10 @@ class SelfAttention(nn.Module):
 
         Args:
             x_BTD: Input.
-            mask: Which keys each query sees, broadcastable to (B, N, T, T), the chunks of windowed attention, or LightHuBERT's
-                windows (these without distances).
-            distances_NR: What ``RelativePositions`` gives for a reach of at least T - 1, or that of the chunks.
+            mask: Which keys each query sees, broadcastable to (B, N, T, T), the chunks of windowed attention, LightHuBERT's
+                windows (these without distances), or for a stream the past that x continues and is added to.
+            distances_NR: What ``RelativePositions`` gives for a reach of at least T - 1, that of the chunks, or K - 1 for the K
+                keys of a continuation.
             need_weights: Whether to return the weights; not with chunks, which have none for distant frames.
 
         Returns:
@@ -117,17 +119,22 @@ class SelfAttention(nn.Module):
             parts = [mask.queries(q_BTNH), mask.keys(k_BTNH), mask.keys(v_BTNH)]
             context_BTNH, weights = self._attend(parts, mask.mask, bias, need_weights=False)
             context_BTNH = mask.join(context_BTNH, len(x_BTD))
+        elif isinstance(mask, Continuation):
+            parts = [q_BTNH, *mask.past.extend(k_BTNH, v_BTNH)]
+            context_BTNH, weights = self._attend(parts, mask.mask, bias, need_weights=need_weights)
         else:
             context_BTNH, weights = self._attend([q_BTNH, k_BTNH, v_BTNH], mask, bias, need_weights=need_weights)
         return self.output(context_BTNH.flatten(-2)), weights
 
-    def _bias(self, x_BTD: Tensor, distances_NR: Tensor, mask: Tensor | Chunks | None) -> Tensor:
-        """Returns (B, N, T, T), or for chunks (B * C, N, Q, K): the gated bias on the scores."""
+    def _bias(self, x_BTD: Tensor, distances_NR: Tensor, mask: Tensor | Chunks | Continuation | None) -> Tensor:
+        """Returns (B, N, T, T), for chunks (B * C, N, Q, K), for a continuation (B, N, T, K): the gated bias on the scores."""
         assert self.gate is not None
         gate_BTN, distances_NR = self.gate(x_BTD), self.gate.select(distances_NR)
         if isinstance(mask, Chunks):
             gate_BTN = mask.queries(gate_BTN[..., None]).squeeze(-1)
             bias_NQK = by_query_and_key(distances_NR, mask.size, mask.num_keys, mask.before)
+        elif isinstance(mask, Continuation):
+            bias_NQK = by_query_and_key(distances_NR, x_BTD.shape[1], mask.mask.shape[1], mask.before)
         else:
             bias_NQK = by_query_and_key(distances_NR, x_BTD.shape[1], x_BTD.shape[1], 0)
         return gate_BTN.transpose(1, 2)[..., None] * bias_NQK

@@ -6,7 +6,7 @@ Plain, pruned, low-rank, sliced, shared-layer and shallow models are all this cl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslim.batch import EncoderOutput, zero_padding
+from sslim.config import OMIT_DEFAULT
 from sslim.nn.attention import SelfAttention, attention_mask
 from sslim.nn.dropout import dropout
 from sslim.nn.linear import linear
+from sslim.nn.past import Continuation
 from sslim.nn.positions import ConvPositions, ConvPositionsConfig, PositionsConfig, SinusoidPositions
 from sslim.nn.reference_windows import ReferenceWindows, with_even_frames
 from sslim.nn.relative_positions import RelativeGate, RelativePositions, RelativePositionsConfig
 from sslim.nn.windows import Chunks, WindowRule, chunks_are_faster, window_chunks
 
-Seen = Tensor | Chunks | ReferenceWindows | None  # what the queries of a block may look at
+Seen = Tensor | Chunks | ReferenceWindows | Continuation | None  # what the queries of a block may look at
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # the exact one, with erf
@@ -101,6 +103,7 @@ class EncoderConfig:
         relative_positions: Gated relative position bias of WavLM on the attention scores; None without.
     """
 
+    kind: Literal["transformer"] = field(default="transformer", metadata={OMIT_DEFAULT: True})  # the only one in older files
     dim: int
     blocks: tuple[BlockConfig, ...]
     depth_map: tuple[int, ...]
@@ -172,6 +175,16 @@ class EncoderConfig:
     def num_layers(self) -> int:
         """Block applications N."""
         return len(self.depth_map)
+
+    @property
+    def input_dim(self) -> int:
+        """Width of the frames that enter: the model's."""
+        return self.dim
+
+    @property
+    def layer_dims(self) -> tuple[int, ...]:
+        """Widths of the N + 1 layers."""
+        return (self.dim,) * (self.num_layers + 1)
 
 
 def original_heads(block: BlockConfig) -> tuple[int, ...]:

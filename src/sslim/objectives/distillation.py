@@ -39,7 +39,7 @@ from sslim.objectives.model_inputs import (
     hide_frames,
     trained_inputs,
 )
-from sslim.objectives.teacher import TargetConfig, Teacher
+from sslim.objectives.teacher import TargetConfig, Teacher, check_widths
 
 HEAD = "distillation"
 
@@ -182,6 +182,7 @@ class Distillation(nn.Module):
         self.trains_frontend = has_trained_frontend(student)
         check_feature_penalty(config.feature_penalty, student)
         _check_student(student.config.heads, student.num_layers, student.config.encoder.dim, teacher.config.encoder.dim, config)
+        check_widths(student.config, config.student_layers or (), "student")
         if config.masking is not None:
             check_mask_place(student.config, config.mask_at)
 
@@ -191,7 +192,7 @@ class Distillation(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recomputes the student's block activations in the backward pass instead of keeping them."""
-        self.student.encoder.gradient_checkpointing = enabled
+        self.student.transformer.gradient_checkpointing = enabled
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> PreparedDistillation:
         """Runs the teacher (unless the batch brings its outputs), aligns its frames and draws the mask.

@@ -96,7 +96,7 @@ def logit_heads(config: LogitDistillationConfig, student: ModelConfig, teacher: 
     fits = isinstance(mine, ClusterHeadConfig | CodewordHeadConfig) and mine.num_clusters == theirs.num_clusters
     heads: dict[str, HeadConfig] = {HEAD: mine if fits and mine is not None else theirs}
     if config.masking is not None and MASK in teacher.heads:
-        width = student.projection.feature_dim if config.mask_at == "features" else student.encoder.dim
+        width = student.projection.feature_dim if config.mask_at == "features" else student.encoder.input_dim
         heads[MASK] = MaskEmbeddingConfig(dim=width)
     return heads
 
@@ -216,7 +216,7 @@ class LogitDistillation(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recomputes the student's block activations in the backward pass instead of keeping them."""
-        self.student.encoder.gradient_checkpointing = enabled
+        self.student.transformer.gradient_checkpointing = enabled
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> PreparedLogitDistillation:
         """Draws the mask and runs the teacher, unless the batch brings its logits.

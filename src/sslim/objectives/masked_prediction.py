@@ -6,13 +6,15 @@ in ``forward``, under autocast and compiled like the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslim.batch import IGNORED_LABEL, Batch, Padded, StepOutput, valid_mask
+from sslim.config import OMIT_DEFAULT
 from sslim.models import ModelConfig, SpeechModel
 from sslim.nn.dropout import dropout
 from sslim.nn.heads import ClusterHeadConfig, CodewordHeadConfig
@@ -46,6 +48,7 @@ class MaskedPredictionConfig:
         input_dropout: Dropout after the projection, before frames are hidden (``dropout_input``).
     """
 
+    kind: Literal["masked_prediction"] = field(default="masked_prediction", metadata={OMIT_DEFAULT: True})
     masking: MaskingConfig = MaskingConfig()
     masked_weight: float = 1.0
     unmasked_weight: float = 0.0
@@ -148,7 +151,7 @@ class MaskedPrediction(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recomputes block activations in the backward pass instead of keeping them."""
-        self.model.encoder.gradient_checkpointing = enabled
+        self.model.transformer.gradient_checkpointing = enabled
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> PreparedMaskedPrediction:
         """Computes what is fixed of the features and draws the mask.

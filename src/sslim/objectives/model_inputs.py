@@ -28,7 +28,7 @@ def has_trained_frontend(model: SpeechModel) -> bool:
 
 def mask_place(config: ModelConfig) -> MaskPlace:
     """Returns where a model's frames are hidden: where its mask embedding fits, or as its front-end's family does."""
-    head, widths = config.heads.get(MASK), (config.projection.feature_dim, config.encoder.dim)
+    head, widths = config.heads.get(MASK), (config.projection.feature_dim, config.encoder.input_dim)
     if isinstance(head, MaskEmbeddingConfig) and widths[0] != widths[1]:
         return "projection" if head.dim == widths[1] else "features"
     return "projection" if isinstance(config.frontend, ConvFrontendConfig) else "features"
@@ -43,7 +43,7 @@ def check_mask_place(config: ModelConfig, place: MaskPlace, who: str = "") -> No
         who: Whose it is, where several models are around.
     """
     mask = config.heads.get(MASK)
-    expected = config.projection.feature_dim if place == "features" else config.encoder.dim
+    expected = config.projection.feature_dim if place == "features" else config.encoder.input_dim
     if isinstance(mask, MaskEmbeddingConfig) and mask.dim != expected:
         owner = f"the {who}'s mask embedding" if who else "the mask embedding"
         raise ValueError(f"{owner} has width {mask.dim}, masking at the {place} needs {expected}")

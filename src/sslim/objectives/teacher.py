@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sslim.batch import Padded, valid_mask, zero_padding
 from sslim.config import dump_json, to_plain
-from sslim.models import SpeechModel
+from sslim.models import ModelConfig, SpeechModel
 from sslim.objectives.model_inputs import frontend_output
 
 INSTANCE_NORM_EPS = 1e-5
@@ -64,6 +64,22 @@ def normalize_instances(x_BTD: Tensor, lengths_B: Tensor, eps: float = INSTANCE_
     return centred * (centred.square().sum(1, keepdim=True) / count_B11 + eps).rsqrt()
 
 
+def check_widths(config: ModelConfig, layers: Sequence[int], who: str) -> None:
+    """Raises ValueError unless layers are as wide as the model's last one; layer 0 stands for the projection's output here.
+
+    Args:
+        config: The model's description.
+        layers: Layers that it has, from 0.
+        who: What a complaint calls the model.
+    """
+    encoder = config.encoder
+    for layer in layers:
+        if (width := encoder.layer_dims[layer] if layer else encoder.input_dim) != encoder.dim:
+            raise ValueError(
+                f"{who} layer {layer} is {width} wide and the last one {encoder.dim}: name layers as wide as the last"
+            )
+
+
 class Teacher:
     """Runs a frozen model and keeps what is learnt from. Deliberately no ``nn.Module``: no training mode, no saved state.
 
@@ -82,9 +98,10 @@ class Teacher:
             if not first <= layer <= model.num_layers:
                 raise ValueError(f"teacher layer {layer} is asked for, the teacher has layers {first} to {model.num_layers}")
             if config.source == "feedforward":
-                block = model.config.encoder.blocks[model.config.encoder.depth_map[layer - 1]]
+                block = model.config.transformer.blocks[model.config.transformer.depth_map[layer - 1]]
                 if not block.feedforward_dim:
                     raise ValueError(f"teacher layer {layer} has no feed-forward part to learn from")
+        check_widths(model.config, config.layers, "teacher")
         self.model, self.config, self.bf16 = model.eval().requires_grad_(False), config, bf16
         self.dim = model.config.encoder.dim * config.num_targets
 
@@ -123,19 +140,19 @@ class Teacher:
         """Outputs of the feed-forward parts, in the order in which blocks are applied (shared blocks several times)."""
         kept: list[Tensor] = []
         applied: list[int] = []  # layers that have a feed-forward part at all
-        blocks = self.model.config.encoder.blocks
-        for number, block in enumerate(self.model.config.encoder.depth_map, 1):
+        blocks = self.model.config.transformer.blocks
+        for number, block in enumerate(self.model.config.transformer.depth_map, 1):
             if blocks[block].feedforward_dim:
                 applied.append(number)
 
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
             kept.append(output)
 
-        parts = [part for block in self.model.encoder.blocks if (part := block.feedforward) is not None]
+        parts = [part for block in self.model.transformer.blocks if (part := block.feedforward) is not None]
         hooks = [part.register_forward_hook(keep) for part in parts]  # type: ignore[union-attr]
         try:
             embedded = self.model.embed(features)
-            self.model.encoder(embedded.values, embedded.lengths)
+            self.model.transformer(embedded.values, embedded.lengths)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -71,7 +71,8 @@ def init_from_teacher(student: SpeechModel, teacher: SpeechModel, config: Teache
     Raises:
         ValueError: The layers are not one for each block, or do not exist, or a block has other shapes than its layer.
     """
-    blocks, depths = student.config.encoder.blocks, teacher.config.encoder.depth_map
+    blocks = student.config.transformer.blocks if config.layers else ()
+    depths = teacher.config.transformer.depth_map if config.layers else ()
     if config.layers and len(config.layers) != len(blocks):
         raise ValueError(
             f"init.layers names {len(config.layers)} teacher layers, the student has {len(blocks)} blocks: name one for each, "

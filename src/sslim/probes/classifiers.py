@@ -4,6 +4,10 @@ The mix is SUPERB's weighted sum (Yang et al., "SUPERB: speech processing univer
 section 3): one softmax weight for each layer, shared by all channels. Each layer is first standardised, per channel, with the
 mean and standard deviation of the training examples, so that a loud layer does not win for being loud.
 
+A classifier of frames may see the frames around each one too (``context``): they are laid end to end, earliest first, and the
+utterance's first and last frame stand in for those beyond its ends. S3PRL's ``phone_concat`` has the same nine frames, latest
+first, which is the same classifier with its weights in another order.
+
 Two solvers, one rule: few examples and a linear classifier are fitted by full-batch L-BFGS along a path of weight decays from
 strong to weak, each starting where the last one ended; everything else by AdamW on mini-batches. Both yield one classifier
 for each setting; ``sslim.probes.selection`` chooses among them.
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 FULL_BATCH_EXAMPLES = 20_000  # 13 layers of 1,536 channels are then 1.6 GB, and an evaluation half a second
+FULL_BATCH_BYTES = 2 * 2**30
 SCORING_BATCH = 8192
 
 
@@ -58,24 +63,58 @@ class Examples:
             times faster on a CPU than layer last. Any float type; may lie in a memory-mapped file.
         y_N: (N,) int64 classes.
         rows: (n,) int64 which of the N are meant.
+        offsets: (U + 1,) int64 where each utterance's rows begin, and N; needed for ``context`` and for what goes by utterance.
+        context: Frames on either side of each one that belong to its example.
     """
 
     x_LNP: Tensor
     y_N: Tensor
     rows: Tensor
+    offsets: Tensor | None = None
+    context: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def width(self) -> int:
+        """Channels of an example, its context included."""
+        return self.x_LNP.shape[-1] * (2 * self.context + 1)
+
     def batch(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ((L, n, P) float32, (n,)) of the examples at ``positions`` of ``rows``."""
+        """Returns ((L, n, width) float32, (n,)) of the examples at ``positions`` of ``rows``."""
         rows = self.rows[positions]
-        return self.x_LNP[:, rows].float(), self.y_N[rows]
+        if not self.context:
+            return self.x_LNP[:, rows].float(), self.y_N[rows]
+        assert self.offsets is not None
+        around_NC = neighbours(rows, self.offsets, self.context)
+        return self.x_LNP[:, around_NC].flatten(2).float(), self.y_N[rows]
 
     def batches(self, size: int = SCORING_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
         """All of them in order."""
-        for positions in torch.arange(len(self)).split(size):
+        for positions in torch.arange(len(self)).split(max(1, size // (2 * self.context + 1))):
             yield self.batch(positions)
+
+    def by_utterance(self) -> list[Tensor]:
+        """Returns the positions of each utterance's examples, in order; utterances without any are left out."""
+        assert self.offsets is not None
+        numbers = torch.searchsorted(self.offsets, self.rows, right=True)
+        counts = torch.unique_consecutive(numbers, return_counts=True)[1]
+        return list(torch.arange(len(self)).split(counts.tolist()))
+
+
+def neighbours(rows: Tensor, offsets: Tensor, context: int) -> Tensor:
+    """Returns (n, 2 context + 1) rows around each of ``rows``, earliest first, that stay within their utterances.
+
+    Args:
+        rows: (n,) int64.
+        offsets: (U + 1,) int64 where each utterance's rows begin, and where the last one ends.
+        context: Frames on either side; the first and the last frame of an utterance are repeated beyond its ends.
+    """
+    utterance = torch.searchsorted(offsets, rows, right=True)
+    steps = torch.arange(-context, context + 1, device=rows.device)
+    around_NC = torch.maximum(rows[:, None] + steps, offsets[utterance - 1][:, None])
+    return torch.minimum(around_NC, offsets[utterance][:, None] - 1)
 
 
 Setting = tuple[str, float, int]  # what was varied, its value, and after how many epochs (0: run to convergence)
@@ -186,7 +225,8 @@ def train_paths(
         Paths; each yields a setting and the classifier as it is then (it goes on changing). A path may be left early.
     """
     classifier = _new(train, num_classes, config, seed)
-    if config.hidden_dim is None and len(train) <= FULL_BATCH_EXAMPLES:
+    num_bytes = 4 * len(train) * len(train.x_LNP) * train.width
+    if config.hidden_dim is None and len(train) <= FULL_BATCH_EXAMPLES and num_bytes <= FULL_BATCH_BYTES:
         yield _weight_decay_path(classifier, train, config)
         return
     for rate in config.learning_rates:

@@ -8,34 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sslim.config import OMIT_DEFAULT
 from sslim.data.corpus import Corpus
 from sslim.models.encoding import DEFAULT_BATCH_S
 from sslim.models.speech import SpeechModel
+from sslim.probes.adapter import ForwardAdapter
+from sslim.probes.baselines import log_mel_representation, named_representation
 from sslim.probes.classifiers import ClassifierConfig, Examples, score
 from sslim.probes.features import (
     POOLINGS,
     Representation,
     choose_utterances,
     frame_features,
-    log_mel_representation,
     model_representation,
     pooled_features,
     randomised,
 )
+from sslim.probes.fine_tuning import FineTuned, FineTuningConfig, fine_tune, model_targets
+from sslim.probes.layers import ALL, MIX, check_layer, row_layers, with_layers
 from sslim.probes.protocol import Groups, Parts, SplitConfig, divide
+from sslim.probes.published import PublishedConfig, fit_published, published_task
 from sslim.probes.result_card import build_card, build_row
 from sslim.probes.selection import Fitted, fit, fit_leaving_out
 from sslim.probes.tasks import Task, load_task
 
-MIX, ALL = "mix", "all"
 # Frames are many and one pass over them is long: larger batches, higher rates (the average of an epoch takes out their noise).
 FRAME_CLASSIFIER = ClassifierConfig(batch_size=512, learning_rates=(2e-2, 5e-3), max_epochs=30, patience=3)
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +52,19 @@ class ProbeConfig:
         task: A name in ``sslim.probes.tasks.TASKS``.
         column: Manifest column instead of the task's own.
         pooling: For utterance tasks: ``mean`` or ``mean-std`` over valid frames.
-        layer: ``mix`` for a learned mix of all layers, ``all`` for a row of each layer, or one layer's number.
+        layer: ``mix`` for a learned mix of all layers, ``all`` for a row of each layer, ``last``, ``mean`` for the plain mean
+            of what the blocks give, or one layer's number.
         hidden_dim: Width of a hidden layer; None for a linear classifier.
+        context: For frame tasks: frames on either side of each that the classifier sees too; 4 in ``phone_concat`` of S3PRL.
         split: How utterances are divided.
         num_seeds: Seeds 0, 1, ... of initial weights, batches and of random-weights models.
         max_frames: For frame tasks: at most so many frames, whole utterances drawn by the split's seed; None for all.
         shuffle_labels: A control: classes are shuffled over all examples, so that only chance is left.
         baselines: Whether log-Mel features and random weights are rows too.
+        baseline_features: Names of features that are rows too, as ``sslim prepare --features`` takes them.
+        fine_tuning: How models are trained with the classifier; None leaves them as they are.
+        published: S3PRL v0.1's protocol in place of ours (``sslim.probes.published``); None for ours.
+        published_labels: Whose clock that protocol's phone labels have.
         batch_s: Seconds of padded audio in a batch of the model.
         bf16: Whether the model runs under bf16 autocast.
     """
@@ -62,11 +74,16 @@ class ProbeConfig:
     pooling: Literal["mean", "mean-std"] = "mean-std"
     layer: str = MIX
     hidden_dim: int | None = None
+    context: int = field(default=0, metadata={OMIT_DEFAULT: True})
     split: SplitConfig = field(default_factory=SplitConfig)
     num_seeds: int = 3
     max_frames: int | None = 100_000
     shuffle_labels: bool = False
     baselines: bool = True
+    baseline_features: tuple[str, ...] = field(default=(), metadata={OMIT_DEFAULT: True})
+    fine_tuning: FineTuningConfig | None = field(default=None, metadata={OMIT_DEFAULT: True})
+    published: PublishedConfig | None = field(default=None, metadata={OMIT_DEFAULT: True})
+    published_labels: Literal["cpc", "montreal"] = field(default="cpc", metadata={OMIT_DEFAULT: True})
     batch_s: float = DEFAULT_BATCH_S
     bf16: bool = False
 
@@ -75,10 +92,21 @@ class ProbeConfig:
             raise ValueError(f"{self.num_seeds} seeds were asked for; at least 1 is needed")
         if self.pooling not in POOLINGS:
             raise ValueError(f"there is no pooling {self.pooling!r}; accepted are {', '.join(POOLINGS)}")
-        if self.layer not in (MIX, ALL) and not self.layer.isdecimal():
+        check_layer(self.layer)
+        if self.context < 0 or (self.context and self.hidden_dim is not None):
+            raise ValueError(f"context {self.context} must be at least 0, and is for a linear classifier")
+        if self.published is not None and self.fine_tuning is not None:
             raise ValueError(
-                f"layer {self.layer!r} is not known; accepted are {MIX!r}, {ALL!r} or a number (0 enters the first block)"
+                "S3PRL v0.1 fine-tuned models at the classifier's learning rate of 4e-3, which is not reproduced: "
+                "fine-tune without its protocol"
             )
+        if self.published is not None and self.layer == MIX:
+            raise ValueError("S3PRL v0.1 never trained its weighted sum: layer 'mean' is what it came to")
+        if self.fine_tuning is not None and self.layer == ALL:
+            raise ValueError("layer 'all' needs frozen features; fine-tune with 'mix', 'last', 'mean' or one layer's number")
+        if (self.published or self.fine_tuning) and self.split.folds is not None:
+            what = "S3PRL v0.1's protocol" if self.published else "fine-tuning"
+            raise ValueError(f"{what} needs a train, a dev and a test part, and folds by {self.split.folds} were asked for")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +128,21 @@ class NamedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A row (or, layer by layer, several rows) to be: how to get its representation for each seed."""
+    """A row (or, layer by layer, several rows) to be: how to get its representation for each seed.
+
+    Attributes:
+        name: For the table.
+        source: The model, its path and digest; None for baselines and adapters.
+        represent: Seed to representation.
+        by_seed: Whether seeds differ.
+        model: Seed to the model, which can be fine-tuned; None where there is none.
+    """
 
     name: str
     source: NamedModel | None
     represent: Callable[[int], Representation]
     by_seed: bool = False
+    model: Callable[[int], SpeechModel] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +154,26 @@ class Stored:
         y_N: (N,) int64.
         offsets: First example of each utterance, and N at the end.
         known_N: (N,) bool, False for frames without a class.
+        context: Frames on either side of each that belong to its example.
     """
 
     x_LNP: Tensor
     y_N: Tensor
     offsets: np.ndarray
     known_N: np.ndarray
+    context: int = 0
 
     def examples(self, positions: np.ndarray, layers: slice) -> Examples:
         """The examples of the utterances at ``positions``."""
         spans = [np.arange(self.offsets[p], self.offsets[p + 1]) for p in positions]
         rows = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
-        return Examples(x_LNP=self.x_LNP[layers], y_N=self.y_N, rows=torch.from_numpy(rows[self.known_N[rows]]))
+        return Examples(
+            x_LNP=self.x_LNP[layers],
+            y_N=self.y_N,
+            rows=torch.from_numpy(rows[self.known_N[rows]]),
+            offsets=torch.from_numpy(self.offsets),
+            context=self.context,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,62 +185,95 @@ class Outcome:
     fitted: list[Fitted]
 
 
-def _always(representation: Representation) -> Callable[[int], Representation]:
-    return lambda seed: representation
-
-
-def entries_of(corpus: Corpus, models: Sequence[NamedModel], config: ProbeConfig, unit: str) -> list[Entry]:
-    """Baselines first: log-Mel, then random weights of every distinct description, then the models."""
+def entries_of(corpus: Corpus, models: Sequence[NamedModel | ForwardAdapter], config: ProbeConfig, unit: str) -> list[Entry]:
+    """Baselines first: log-Mel, named features, then random weights of every distinct description, then the models."""
     options: dict[str, Any] = {"batch_s": config.batch_s, "bf16": config.bf16}
+    probed = [_model_entry(corpus, model, config, options) for model in models]
+    pooled = unit == "utterance"
+    period_s = probed[0].represent(0).frame_shift_s if probed else corpus.base_frame_shift_s
     entries = []
     if config.baselines:
-        period_s = model_representation(models[0].model, corpus, "").frame_shift_s if models else corpus.base_frame_shift_s
         stack = round(period_s / corpus.base_frame_shift_s) if corpus.base_frame_shift_s else 1
-        log_mel = log_mel_representation(corpus, pooled=unit == "utterance", stack=max(stack, 1))
-        entries.append(Entry(name=log_mel.name, source=None, represent=_always(log_mel)))
-        descriptions = [replace(named.model.config, heads={}) for named in models]
-        distinct = [named for i, named in enumerate(models) if descriptions[i] not in descriptions[:i]]
-        for named in distinct:
-            name = "random weights" if len(distinct) == 1 else f"random weights ({named.name})"
+        log_mel = log_mel_representation(corpus, pooled=pooled, stack=max(stack, 1))
+        entries.append(Entry(name=log_mel.name, source=None, represent=lambda seed: log_mel))
+    for name in config.baseline_features:
+        features = named_representation(corpus, name, pooled=pooled, frame_shift_s=period_s)
+        entries.append(Entry(name=name, source=None, represent=lambda seed, features=features: features))  # type: ignore[misc]
+    if config.baselines:
+        entries += _random_entries(corpus, [model for model in models if isinstance(model, NamedModel)], config, options)
+    return entries + probed
 
-            def represent(seed: int, named: NamedModel = named, name: str = name) -> Representation:
-                return model_representation(randomised(named.model, seed), corpus, name, kind="random", **options)
 
-            entries.append(Entry(name=name, source=None, represent=represent, by_seed=True))
-    for named in models:
-        representation = model_representation(named.model, corpus, named.name, **options)
-        entries.append(Entry(name=named.name, source=named, represent=_always(representation)))
+def _model_entry(corpus: Corpus, model: NamedModel | ForwardAdapter, config: ProbeConfig, options: dict[str, Any]) -> Entry:
+    if isinstance(model, ForwardAdapter):
+        if config.fine_tuning is not None:
+            raise ValueError(
+                f"{model.name} cannot be fine-tuned here: sslim trains its own models, and this is a foreign function"
+            )
+        adapted = model.representation(corpus, config.batch_s)
+        return Entry(name=model.name, source=None, represent=lambda seed: adapted)
+    representation = model_representation(model.model, corpus, model.name, **options)
+    return Entry(name=model.name, source=model, represent=lambda seed: representation, model=lambda seed: model.model)
+
+
+def _random_entries(corpus: Corpus, models: Sequence[NamedModel], config: ProbeConfig, options: dict[str, Any]) -> list[Entry]:
+    descriptions = [replace(named.model.config, heads={}) for named in models]
+    distinct = [named for i, named in enumerate(models) if descriptions[i] not in descriptions[:i]]
+    entries = []
+    for named in distinct:
+        name = "random weights" if len(distinct) == 1 else f"random weights ({named.name})"
+        redraw = partial(randomised, named.model)
+
+        def represent(seed: int, redraw: Callable[[int], SpeechModel] = redraw, name: str = name) -> Representation:
+            return model_representation(redraw(seed), corpus, name, kind="random", **options)
+
+        entries.append(Entry(name=name, source=None, represent=represent, by_seed=True, model=redraw))
     return entries
 
 
 def store(representation: Representation, corpus: Corpus, task: Task, config: ProbeConfig) -> Stored:
     """Computes the features of the task's utterances and lays their classes beside them."""
-    if task.classes_N is not None:
+    if task.unit == "utterance":
+        assert task.classes_N is not None
         x_LNP = pooled_features(representation, corpus, task.indices, config.pooling)
         y_N, offsets = task.classes_N, np.arange(len(task.indices) + 1)
     else:
         assert task.frame_classes is not None
         x_LNP, offsets = frame_features(representation, corpus, task.indices)
-        lengths = np.diff(offsets).tolist()
-        period_s = representation.frame_shift_s
-        y_N = np.concatenate([task.frame_classes(p, length, period_s) for p, length in enumerate(lengths)])
+        shift_s, length_s = representation.frame_shift_s, representation.frame_length_s
+        pairs = zip(task.indices.tolist(), np.diff(offsets).tolist(), strict=True)
+        y_N = np.concatenate([task.frame_classes(index, count, shift_s, length_s) for index, count in pairs])
     known_N = y_N >= 0
     if config.shuffle_labels:
         y_N = y_N.copy()
         y_N[known_N] = np.random.default_rng(config.split.seed).permutation(y_N[known_N])
-    return Stored(x_LNP=x_LNP, y_N=torch.from_numpy(y_N), offsets=offsets, known_N=known_N)
+    context = config.context if task.unit == "frame" else 0
+    return Stored(x_LNP=x_LNP, y_N=torch.from_numpy(y_N), offsets=offsets, known_N=known_N, context=context)
 
 
 def run_protocol(
-    stored: Stored, division: Parts | Groups, *, layers: slice, num_classes: int, config: ClassifierConfig, seed: int
+    stored: Stored,
+    division: Parts | Groups,
+    *,
+    layers: slice,
+    num_classes: int,
+    config: ClassifierConfig,
+    seed: int,
+    published: PublishedConfig | None = None,
+    tell: Tell = lambda line: None,
 ) -> Outcome:
     """Chooses and fits on train and dev, then scores each test part once."""
-    if isinstance(division, Parts):
-        train, dev, test = (stored.examples(part, layers) for part in (division.train, division.dev, division.test))
-        fitted, tests = [fit(train, dev, num_classes=num_classes, config=config, seed=seed)], [test]
-    else:
+    options: dict[str, Any] = {"num_classes": num_classes, "seed": seed}
+    if isinstance(division, Groups):
         tests = [stored.examples(members, layers) for members in division.members]
-        fitted = fit_leaving_out(tests, num_classes=num_classes, config=config, seed=seed)
+        fitted = fit_leaving_out(tests, config=config, **options)
+    else:
+        train, dev, test = (stored.examples(part, layers) for part in (division.train, division.dev, division.test))
+        tests = [test]
+        if published is not None:
+            fitted = [fit_published(train, dev, config=published, hidden_dim=config.hidden_dim, tell=tell, **options)]
+        else:
+            fitted = [fit(train, dev, config=config, **options)]
     if not all(len(part) for part in tests):
         raise ValueError("there are no test examples: the split leaves that part empty")
     accuracies = [score(one.classifier, part)[0] for one, part in zip(fitted, tests, strict=True)]
@@ -216,33 +294,38 @@ def chance(stored: Stored, division: Parts | Groups) -> float:
     return float(np.mean(accuracies))
 
 
-def layer_slices(num_layers: int, layer: str) -> dict[str, slice]:
-    """Returns the rows' layers by name: everything for a mix, or single layers.
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What all rows of a table share."""
 
-    Raises:
-        ValueError: The model has no such layer.
-    """
-    if num_layers == 1:
-        return {"-": slice(0, 1)}
-    if layer == MIX:
-        return {MIX: slice(None)}
-    if layer == ALL:
-        return {str(k): slice(k, k + 1) for k in range(num_layers)}
-    if int(layer) >= num_layers:
-        raise ValueError(f"there is no layer {layer}; this model has 0 (what enters the first block) to {num_layers - 1}")
-    return {layer: slice(int(layer), int(layer) + 1)}
+    corpus: Corpus
+    task: Task
+    division: Parts | Groups
+    config: ProbeConfig
+    classifier: ClassifierConfig
+    adapt: Callable[[Representation], Representation]
+    tell: Tell
+
+
+Keep = Callable[[NamedModel, FineTuned], None]
 
 
 def probe(
-    corpus: Corpus, models: Sequence[NamedModel], config: ProbeConfig, tell: Callable[[str], None] = lambda line: None
+    corpus: Corpus,
+    models: Sequence[NamedModel | ForwardAdapter],
+    config: ProbeConfig,
+    tell: Tell = lambda line: None,
+    *,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """Probes models and baselines on one task.
 
     Args:
         corpus: Where utterances and classes come from.
-        models: What to probe, in eval mode; may be empty for the log-Mel baseline alone.
+        models: What to probe, in eval mode; may be empty for the baselines alone.
         config: What is asked and how.
         tell: Called with a line for each result as it comes.
+        keep: Called for every model that was fine-tuned, with what came of it under the seed that is best on dev.
 
     Returns:
         The result card, plain JSON values (see ``sslim.probes.result_card``).
@@ -251,33 +334,107 @@ def probe(
         ValueError: The corpus lacks what the task or the split needs, or a model lacks the layer.
     """
     task = load_task(config.task, corpus, config.column)
+    if config.context and task.unit != "frame":
+        raise ValueError(f"the task {task.name!r} classifies whole utterances, and a context of {config.context} is for frames")
+    task, adapt = (task, _as_it_is) if config.published is None else published_task(task, config.published_labels)
     entries = entries_of(corpus, models, config, task.unit)
     if not entries:
         raise ValueError("there is nothing to probe: name a model, or leave the baselines on")
-    task, num_short = _usable(task, [entry.represent(0) for entry in entries], config)
-    speakers, splits = corpus.column("speaker"), corpus.column("split")
+    task, num_short = _usable(task, [adapt(entry.represent(0)) for entry in entries], config)
     chosen = task.indices.tolist()
-    division = divide(task.classes_N, [splits[i] for i in chosen], [speakers[i] for i in chosen], config.split)
+    splits, speakers = ([corpus.column(name)[i] for i in chosen] for name in ("split", "speaker"))
+    ids = corpus.ids() if config.split.source == "cpc" else []
+    division = divide(task.classes_N, splits, speakers, config.split, [ids[i] for i in chosen] if ids else [])
     classifier = replace(ClassifierConfig() if task.unit == "utterance" else FRAME_CLASSIFIER, hidden_dim=config.hidden_dim)
+    plan = _Plan(corpus=corpus, task=task, division=division, config=config, classifier=classifier, adapt=adapt, tell=tell)
     rows, by_chance = [], 0.0
     for entry in entries:
-        outcomes: dict[str, list[Outcome]] = {}
-        stored: Stored | None = None
-        for seed in range(config.num_seeds):
-            if stored is None or entry.by_seed:
-                representation = entry.represent(seed)
-                stored = store(representation, corpus, task, config)
-                by_chance = chance(stored, division)
-            for name, layers in layer_slices(representation.num_layers, config.layer).items():
-                outcome = run_protocol(
-                    stored, division, layers=layers, num_classes=len(task.classes), config=classifier, seed=seed
-                )
-                outcomes.setdefault(name, []).append(outcome)
-        for name, runs in outcomes.items():
-            rows.append(build_row(entry.source, representation, name, runs))
-            tell(f"{entry.name}, layer {name}: {100 * rows[-1]['mean']:.1f} ± {100 * rows[-1]['sd']:.1f} %")
+        if config.fine_tuning is not None and entry.model is not None:
+            made, by_chance = _tuned_rows(entry, plan, keep)
+        else:
+            made, by_chance = _frozen_rows(entry, plan)
+        rows += made
+        for row in made:
+            tell(f"{row['name']}, layer {row['layer']}: {100 * row['mean']:.1f} ± {100 * row['sd']:.1f} %")
     left_out = {"without_class": task.num_without, "shorter_than_a_frame": num_short, "quarantined": corpus.num_quarantined}
     return build_card(corpus, task, division, config, rows, chance=by_chance, left_out=left_out)
+
+
+def _as_it_is(representation: Representation) -> Representation:
+    return representation
+
+
+def _frozen_rows(entry: Entry, plan: _Plan) -> tuple[list[dict[str, Any]], float]:
+    """Rows of one entry, a layer each, and chance."""
+    config = plan.config
+    outcomes: dict[str, list[Outcome]] = {}
+    stored: Stored | None = None
+    by_chance = 0.0
+    for seed in range(config.num_seeds):
+        if stored is None or entry.by_seed:
+            representation = plan.adapt(entry.represent(seed))
+            stored = store(with_layers(representation, config.layer), plan.corpus, plan.task, config)
+            by_chance = chance(stored, plan.division)
+        for name, layers in row_layers(representation.num_layers, config.layer).items():
+            outcome = run_protocol(
+                stored,
+                plan.division,
+                layers=layers,
+                num_classes=len(plan.task.classes),
+                config=plan.classifier,
+                seed=seed,
+                published=config.published,
+                tell=lambda line: plan.tell(f"{entry.name}: {line}"),
+            )
+            outcomes.setdefault(name, []).append(outcome)
+    return [build_row(entry.source, representation, name, runs) for name, runs in outcomes.items()], by_chance
+
+
+def _tuned_rows(entry: Entry, plan: _Plan, keep: Keep | None) -> tuple[list[dict[str, Any]], float]:
+    """The row of one fine-tuned model, which is told apart by its name, and chance."""
+    config = plan.config
+    assert entry.model is not None
+    assert config.fine_tuning is not None
+    assert isinstance(plan.division, Parts)
+    outcomes: list[Outcome] = []
+    best: FineTuned | None = None
+    for seed in range(config.num_seeds):
+        model = entry.model(seed)
+        representation = entry.represent(seed)
+        targets = model_targets(
+            model,
+            plan.corpus,
+            plan.task,
+            pooling=config.pooling,
+            layer=config.layer,
+            context=config.context,
+            shuffle_seed=config.split.seed if config.shuffle_labels else None,
+        )
+        tuned = fine_tune(
+            model,
+            plan.corpus,
+            plan.task,
+            plan.division,
+            targets,
+            config=config.fine_tuning,
+            hidden_dim=config.hidden_dim,
+            seed=seed,
+            bf16=config.bf16,
+            tell=lambda line: plan.tell(f"{entry.name}: {line}"),
+        )
+        setting = ("learning_rate", tuned.learning_rate, tuned.epoch)
+        fitted = Fitted(classifier=tuned.classifier, setting=setting, dev_accuracy=tuned.dev_accuracy)
+        outcomes.append(Outcome(seed=seed, test=[tuned.test_accuracy], fitted=[fitted]))
+        if best is None or tuned.dev_accuracy > best.dev_accuracy:
+            best = tuned
+    if keep is not None and entry.source is not None and best is not None:
+        keep(entry.source, best)
+    (layer,) = row_layers(representation.num_layers, config.layer)
+    row = build_row(entry.source, replace(representation, name=f"{entry.name}, fine-tuned"), layer, outcomes)
+    known_N = (targets.y_N >= 0).numpy()
+    empty_1N0 = torch.zeros(1, len(known_N), 0)
+    classes = Stored(x_LNP=empty_1N0, y_N=targets.y_N, offsets=targets.offsets.numpy(), known_N=known_N)
+    return [row | {"fine_tuned": True}], chance(classes, plan.division)
 
 
 def _usable(task: Task, representations: Sequence[Representation], config: ProbeConfig) -> tuple[Task, int]:
@@ -290,11 +447,4 @@ def _usable(task: Task, representations: Sequence[Representation], config: Probe
     if task.unit == "frame":
         kept = kept[choose_utterances(frames.max(0)[kept], config.max_frames, config.split.seed)]
     classes_N = None if task.classes_N is None else task.classes_N[kept]
-    frame_classes = task.frame_classes
-    if frame_classes is not None:
-        inner = frame_classes
-
-        def frame_classes(position: int, num_frames: int, frame_period_s: float) -> np.ndarray:
-            return inner(int(kept[position]), num_frames, frame_period_s)
-
-    return replace(task, indices=task.indices[kept], classes_N=classes_N, frame_classes=frame_classes), num_short
+    return replace(task, indices=task.indices[kept], classes_N=classes_N), num_short

@@ -1,27 +1,27 @@
 """Frozen features of a corpus, computed once and kept for all classifiers: pooled by utterance, or frame by frame.
 
-What is probed is a ``Representation``: the layers of a model, or the log-Mel features themselves as one layer. Padding never
-reaches pooling or storage: a representation yields each utterance's valid frames alone.
+What is probed is a ``Representation``: the layers of a model, features as one layer (``sslim.probes.baselines``), or whatever
+else gives frames (``sslim.probes.adapter``). Padding never reaches pooling or storage: a representation yields each utterance's
+valid frames alone.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sslim.batch import Padded
+from sslim.data.alignment import frame_length_s
 from sslim.data.corpus import Corpus
-from sslim.frontends import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig, build_frontend
 from sslim.models.encoding import DEFAULT_BATCH_S, corpus_inputs, encode_utterances, model_frame_shift_s, num_model_frames
 from sslim.models.speech import SpeechModel, build_model, restore_statistics
 
 IN_MEMORY_BYTES = 2**30  # larger frame stores go to an unlinked temporary file
-LOG_MEL = "log-Mel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class Representation:
         kind: ``model``, ``random`` or ``features``.
         num_layers: L, the input of the first block included.
         frame_shift_s: Seconds from one frame to the next.
+        frame_length_s: Seconds that a frame sees, from the start of its shift: its middle decides which phone it is given. None
+            for the shift itself.
         num_parameters: Of the model without its heads; 0 for features.
         num_frames: Corpus indices (n,) to frames (n,).
         layers_of: Corpus indices (n,) to an iterator over (position, (L, T, D) float32), in any order.
@@ -45,6 +47,7 @@ class Representation:
     num_parameters: int
     num_frames: Callable[[np.ndarray], np.ndarray]
     layers_of: Callable[[np.ndarray], Iterator[tuple[int, Tensor]]]
+    frame_length_s: float | None = None
 
 
 def model_representation(
@@ -55,17 +58,32 @@ def model_representation(
     def layers_of(indices: np.ndarray) -> Iterator[tuple[int, Tensor]]:
         inputs = corpus_inputs(model, corpus, indices)
         for position, layers, _ in encode_utterances(model, inputs, batch_s=batch_s, bf16=bf16):
-            yield position, torch.stack(layers)
+            yield position, stacked(layers)
 
     return Representation(
         name=name,
         kind=kind,
         num_layers=model.num_layers + 1,
         frame_shift_s=model_frame_shift_s(model, corpus),
+        frame_length_s=model_frame_length_s(model, corpus),
         num_parameters=model.num_parameters(with_heads=False),
         num_frames=lambda indices: num_model_frames(model, corpus_inputs(model, corpus, indices)),
         layers_of=layers_of,
     )
+
+
+def model_frame_length_s(model: SpeechModel, corpus: Corpus) -> float | None:
+    """Returns the seconds of sound that a frame of the model's front-end sees; None where nothing tells."""
+    config = model.config.frontend
+    if config is None and corpus.frontend_config is not None:
+        config = replace(corpus.frontend_config, stack=model.config.projection.stack)
+    return None if config is None else frame_length_s(config)
+
+
+def stacked(layers: Sequence[Tensor]) -> Tensor:
+    """Returns (L, T, D) of layers (T, D_l); narrower ones, as what enters a recurrent encoder, are filled up with zeros."""
+    widest = max(layer.shape[-1] for layer in layers)
+    return torch.stack([F.pad(layer, (0, widest - layer.shape[-1])) for layer in layers])
 
 
 def randomised(model: SpeechModel, seed: int) -> SpeechModel:
@@ -73,50 +91,6 @@ def randomised(model: SpeechModel, seed: int) -> SpeechModel:
     drawn = build_model(replace(model.config, heads={}), torch.Generator().manual_seed(seed))
     restore_statistics(drawn, model.state_dict())
     return drawn.to(next(model.parameters()).device)
-
-
-def log_mel_representation(corpus: Corpus, *, pooled: bool, stack: int = 1) -> Representation:
-    """The corpus's own features as one layer; features are computed with Kaldi's defaults where it stores none.
-
-    Global normalisation is left out, since the probe standardises every channel anyway. So is normalisation by utterance where
-    features are pooled: the mean of mean-normalised features is nothing but zeros.
-
-    Args:
-        corpus: Where from.
-        pooled: Whether utterances will be pooled.
-        stack: Base frames in a frame, so that frames are those of the model in the same table; 1 when pooled.
-    """
-    config = corpus.frontend_config or SpectralFrontendConfig(features=FilterbankConfig(sample_rate=corpus.sample_rate))
-    kind = config.normalization.kind
-    normalization = NormalizationConfig() if pooled or kind == "global" else config.normalization
-    frontend = build_frontend(replace(config, normalization=normalization, stack=1 if pooled else stack))
-
-    def base(index: int) -> Padded:
-        if corpus.base_dim:
-            values = torch.from_numpy(np.asarray(corpus.features(index), dtype=np.float32))
-            return Padded(values=values[None], lengths=torch.tensor([len(values)]))
-        samples = torch.from_numpy(corpus.waveform(index))
-        return frontend.base_features(samples[None], torch.tensor([len(samples)]))
-
-    def layers_of(indices: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-        for position, index in enumerate(indices.tolist()):
-            with torch.inference_mode():
-                yield position, frontend.finish(base(index)).values
-
-    def num_frames(indices: np.ndarray) -> np.ndarray:
-        if corpus.base_dim:
-            return np.array([frontend.num_stacked_frames(n) for n in corpus.num_frames[indices].tolist()], dtype=np.int64)
-        return np.array([frontend.num_frames(n) for n in corpus.num_samples[indices].tolist()], dtype=np.int64)
-
-    return Representation(
-        name=LOG_MEL,
-        kind="features",
-        num_layers=1,
-        frame_shift_s=frontend.frame_shift_s,
-        num_parameters=0,
-        num_frames=num_frames,
-        layers_of=layers_of,
-    )
 
 
 def mean_pooling(x_LTD: Tensor) -> Tensor:

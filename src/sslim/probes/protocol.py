@@ -7,10 +7,14 @@ its own seed, not on the seeds of the classifiers, so that all rows of a table a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from sslim.config import OMIT_DEFAULT
+from sslim.probes.cpc_split import split_by_lists, split_by_rule
 
 DEV_SHARE = TEST_SHARE = 0.1
 # A split's name is recognised by how it starts: ``train-clean-100``, ``dev-other``, ``validation``, ``testing``.
@@ -23,18 +27,25 @@ class SplitConfig:
 
     Attributes:
         source: ``manifest`` uses its split column, ``random`` draws 80/10/10, ``auto`` takes the manifest's where it has train
-            and test parts and every class of the test part can be learnt from the train part.
+            and test parts and every class of the test part can be learnt from the train part; ``cpc`` is that of CPC's lists
+            (see ``sslim.probes.cpc_split``).
         folds: ``speaker`` leaves each speaker out in turn; None divides once.
         num_folds: At most so many groups; more speakers than that share groups.
         speaker_disjoint: For random parts: no speaker in two of them.
         seed: Of the draw.
+        lists: For ``cpc``: the folder of its lists; None for the rule that stands in for them.
     """
 
-    source: Literal["auto", "manifest", "random"] = "auto"
+    source: Literal["auto", "manifest", "random", "cpc"] = "auto"
     folds: Literal["speaker"] | None = None
     num_folds: int = 10
     speaker_disjoint: bool = False
     seed: int = 0
+    lists: str | None = field(default=None, metadata={OMIT_DEFAULT: True})
+
+    def __post_init__(self) -> None:
+        if self.lists is not None and (self.source != "cpc" or self.folds is not None):
+            raise ValueError(f"the lists {self.lists} are for the split 'cpc', and {self.folds or self.source!r} was asked for")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +81,11 @@ class Groups:
 
 
 def divide(
-    classes_N: np.ndarray | None, splits: Sequence[str | None], speakers: Sequence[str | None], config: SplitConfig
+    classes_N: np.ndarray | None,
+    splits: Sequence[str | None],
+    speakers: Sequence[str | None],
+    config: SplitConfig,
+    ids: Sequence[str] = (),
 ) -> Parts | Groups:
     """Divides N utterances.
 
@@ -79,12 +94,15 @@ def divide(
         splits: The manifest's split of each.
         speakers: The manifest's speaker of each.
         config: How.
+        ids: Names of the utterances, for CPC's split.
 
     Raises:
         ValueError: The manifest lacks what ``config`` asks for, or there is too little of it.
     """
     if config.folds == "speaker":
         return _speaker_groups(classes_N, speakers, config)
+    if config.source == "cpc":
+        return _cpc_parts(ids, speakers, config)
     if config.source != "random":
         parts = [_part_of(split) for split in splits]
         reason = _unusable(parts, classes_N)
@@ -93,6 +111,14 @@ def divide(
         if config.source == "manifest":
             raise ValueError(f"the manifest's split cannot be used: {reason}; a random split is made with --split random")
     return _random_parts(classes_N, speakers, len(splits), config)
+
+
+def _cpc_parts(ids: Sequence[str], speakers: Sequence[str | None], config: SplitConfig) -> Parts:
+    if config.lists is None:
+        parts, description = split_by_rule(ids, speakers, config.seed)
+    else:
+        parts, description = split_by_lists(ids, Path(config.lists), config.seed)
+    return Parts(**parts, description=description)
 
 
 def _part_of(split: str | None) -> str | None:

@@ -114,9 +114,10 @@ def build_card(
         "protocol": {
             "split": division.description,
             "utterances": sizes,
-            "classifier": "linear" if config.hidden_dim is None else f"one hidden layer of {config.hidden_dim}",
+            "classifier": classifier_name(config),
             "pooling": config.pooling if task.unit == "utterance" else None,
             "choices": "on dev only; test scored once",
+            **_special(config),
             "labels": "shuffled (a control)" if config.shuffle_labels else "as in the manifest",
         },
         "config": to_plain(config),
@@ -128,6 +129,30 @@ def build_card(
         "sslim_version": version("sslim"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def classifier_name(config: ProbeConfig) -> str:
+    """Returns what classifies, in words."""
+    if config.hidden_dim is not None:
+        return f"one hidden layer of {config.hidden_dim}"
+    return f"linear over {2 * config.context + 1} frames" if config.context else "linear"
+
+
+def _special(config: ProbeConfig) -> dict[str, str]:
+    """What is out of the ordinary, for the card's protocol."""
+    told = {}
+    if config.published is not None:
+        from sslim.probes.published import NOT_REPRODUCED, REPRODUCED
+
+        told["reproduces"] = f"{REPRODUCED}; {config.published.num_steps:,} steps"
+        told["not_reproduced"] = NOT_REPRODUCED
+    if config.fine_tuning is not None:
+        rates = ", ".join(f"{rate:g}" for rate in config.fine_tuning.learning_rates)
+        told["models"] = (
+            f"trained with the classifier for up to {config.fine_tuning.max_epochs} epochs, the model at a learning rate of "
+            f"{rates}, the classifier at {config.fine_tuning.head_learning_rate:g}; features of other rows are as they are"
+        )
+    return told
 
 
 def write_card(card: dict[str, Any], path: str | Path) -> None:
@@ -160,10 +185,11 @@ def card_table(card: dict[str, Any]) -> Table:
     protocol = card["protocol"]
     pooled = f", {protocol['pooling']} pooling" if protocol["pooling"] else ""
     shuffled = "; LABELS SHUFFLED" if card["config"]["shuffle_labels"] else ""
+    published = "; protocol of S3PRL v0.1" if "reproduces" in protocol else ""
     seeds, chance = len(card["seeds"]), f"{100 * card['chance']:.1f}"
     table = Table(
         title=f"{card['task']} on {card['corpus']['name']}: {protocol['classifier']}{pooled}",
-        caption=f"accuracy in %, mean ± sd over {seeds} seeds; chance {chance}; {protocol['split']}{shuffled}",
+        caption=f"accuracy in %, mean ± sd over {seeds} seeds; chance {chance}; {protocol['split']}{published}{shuffled}",
     )
     for name in ("features", "parameters", "layer", "dev", "test"):
         table.add_column(name, justify="left" if name == "features" else "right")

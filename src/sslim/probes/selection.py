@@ -40,7 +40,8 @@ class Fitted:
         return {name: value} | ({"epochs": epochs} if epochs else {})
 
 
-def _check(**parts: Examples) -> None:
+def check_parts(**parts: Examples) -> None:
+    """Raises ValueError for a part without examples."""
     for name, examples in parts.items():
         if not len(examples):
             raise ValueError(f"there are no {name} examples: the split leaves that part empty")
@@ -59,7 +60,7 @@ def fit(train: Examples, dev: Examples, *, num_classes: int, config: ClassifierC
     Raises:
         ValueError: Train or dev is empty.
     """
-    _check(training=train, dev=dev)
+    check_parts(training=train, dev=dev)
     best, kept = (-1.0, 0.0), None
     for path in train_paths(train, num_classes=num_classes, config=config, seed=seed):
         path_best, stale = -1.0, 0
@@ -95,7 +96,7 @@ def fit_leaving_out(groups: Sequence[Examples], *, num_classes: int, config: Cla
         raise ValueError(
             f"leaving one group out needs at least 3 of them (one to test, one to choose, one to train), not {len(groups)}"
         )
-    _check(**{f"group {number}": group for number, group in enumerate(groups, 1)})
+    check_parts(**{f"group {number}": group for number, group in enumerate(groups, 1)})
     count = len(groups)
     inner = min(MAX_INNER_GROUPS, count - 1)
     judges = [[(test + step) % count for step in range(1, inner + 1)] for test in range(count)]

@@ -120,7 +120,7 @@ class LatencyTable:
         Raises:
             ValueError: A part that was not measured.
         """
-        encoder = config.encoder
+        encoder = config.transformer
         names = [FRONTEND] if config.frontend is not None else []
         names += [entry_name(encoder), *(block_name(encoder, encoder.blocks[index]) for index in encoder.depth_map)]
         if missing := [name for name in names if name not in self.parts]:
@@ -169,8 +169,8 @@ class _Entry(nn.Module):
 
     def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
         super().__init__()
-        self.projection = Projection(config.projection, config.encoder.dim)
-        self.encoder = Encoder(replace(config.encoder, blocks=(), depth_map=()))
+        self.projection = Projection(config.projection, config.transformer.dim)
+        self.encoder = Encoder(replace(config.transformer, blocks=(), depth_map=()))
         self.projection.initialize(generator)
         self.encoder.initialize(generator)
 
@@ -435,12 +435,12 @@ def _parts(config: ModelConfig, conditions: Conditions, seed: int) -> dict[str, 
     pairs: dict[str, Timed] = {}
     num_frames = inputs.shape[1] // config.projection.stack
     if config.frontend is not None:
-        tiny = replace(config, heads={}, search_space=None, encoder=replace(config.encoder, blocks=(), depth_map=()))
+        tiny = replace(config, heads={}, search_space=None, encoder=replace(config.transformer, blocks=(), depth_map=()))
         pairs[FRONTEND] = (_Frontend(_ready(tiny, generator)).eval().to(conditions.device), inputs)
         num_frames = count_macs(config, seconds=conditions.seconds).num_frames
     features = torch.randn(conditions.batch, num_frames, config.projection.stacked_dim, generator=generator)
     for net in _all_widths(config):
-        encoder = net.encoder
+        encoder = net.transformer
         if entry_name(encoder) not in pairs:
             pairs[entry_name(encoder)] = (_Entry(net, generator).eval().to(conditions.device), features.to(conditions.device))
         x_BTD = torch.randn(conditions.batch, num_frames, encoder.dim, generator=generator).to(conditions.device)

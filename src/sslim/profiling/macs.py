@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -27,9 +28,15 @@ from sslim.frontends.config import (
     SpectralFrontendConfig,
     SpectrogramConfig,
     StftConfig,
+    StftMfccConfig,
+    StoredFeaturesConfig,
+    features_sample_rate,
 )
+from sslim.frontends.spectral import build_features
 from sslim.models.speech import ModelConfig
+from sslim.nn.conv_encoder import BLOCK_KERNEL, ConvEncoderConfig
 from sslim.nn.encoder import BlockConfig, EncoderConfig
+from sslim.nn.encoders import AnyEncoderConfig
 from sslim.nn.heads import (
     ClusterHeadConfig,
     CodewordHeadConfig,
@@ -39,6 +46,8 @@ from sslim.nn.heads import (
     SplitHeadConfig,
 )
 from sslim.nn.positions import ConvPositionsConfig
+from sslim.nn.quantizer import QuantizerConfig
+from sslim.nn.recurrent import RecurrentEncoderConfig
 from sslim.nn.reference_windows import reference_shape
 from sslim.nn.relative_positions import GATE_UNITS
 from sslim.nn.windows import chunks_are_faster, window_chunks
@@ -48,10 +57,14 @@ Pairs = Literal["computed", "visible"]
 GROUPS = {
     "frontend": "front-end",
     "projection": "projection",
+    "prenet": "pre-net",
     "positions": "positions",
     "attention": "attention maps",
     "products": "attention products",
     "feedforward": "feed-forward",
+    "recurrence": "recurrent layers",
+    "convolutions": "convolutions",
+    "quantizer": "quantiser",
     "heads": "heads",
 }
 
@@ -63,7 +76,8 @@ class Macs:
     Attributes:
         parts: MACs of each part, in the order of computation: ``frontend.layers.0`` (from 0, as in the state), ``projection``,
             ``positions``, ``layers.1.attention`` (block applications from 1; query, key, value and output maps),
-            ``layers.1.products`` (queries by keys, weights by values), ``layers.1.feedforward``, ``heads.NAME``.
+            ``layers.1.products`` (queries by keys, weights by values), ``layers.1.feedforward``, ``heads.NAME``. Of other
+            encoders ``prenet``, ``layers.1.recurrence``, ``layers.1.convolutions`` and, after a layer, ``layers.1.quantizer``.
         num_frames: Frames T that enter the encoder.
         duration_s: Seconds of audio; None when only frames were given.
     """
@@ -145,15 +159,54 @@ def count_macs(
     num_frames //= config.projection.stack
     encoder = config.encoder
     if config.projection.linear:
-        parts["projection"] = num_frames * config.projection.stacked_dim * encoder.dim
-    if isinstance(positions := encoder.positions, ConvPositionsConfig):
-        parts["positions"] = num_frames * encoder.dim * (encoder.dim // positions.groups) * positions.kernel_size
-    for depth, index in enumerate(encoder.depth_map, 1):
-        for kind, count in block_macs(encoder, encoder.blocks[index], num_frames, pairs).items():
-            parts[f"layers.{depth}.{kind}"] = count
+        parts["projection"] = num_frames * config.projection.stacked_dim * encoder.input_dim
+    parts |= encoder_macs(encoder, num_frames, pairs)
     if with_heads:
         parts |= {f"heads.{name}": num_frames * head_macs(head, encoder.dim) for name, head in config.heads.items()}
     return Macs(parts={k: v * batch for k, v in parts.items()}, num_frames=num_frames, duration_s=duration_s)
+
+
+def encoder_macs(config: AnyEncoderConfig, num_frames: int, pairs: Pairs = "computed") -> dict[str, int]:
+    """Returns the MACs of an encoder over T frames by part, as :class:`Macs` names them."""
+    if isinstance(config, RecurrentEncoderConfig):
+        return {name: num_frames * count for name, count in _recurrent_macs(config).items()}
+    if isinstance(config, ConvEncoderConfig):
+        return {name: num_frames * count for name, count in _conv_macs(config).items()}
+    parts: dict[str, int] = {}
+    if isinstance(positions := config.positions, ConvPositionsConfig):
+        parts["positions"] = num_frames * config.dim * (config.dim // positions.groups) * positions.kernel_size
+    for depth, index in enumerate(config.depth_map, 1):
+        for kind, count in block_macs(config, config.blocks[index], num_frames, pairs).items():
+            parts[f"layers.{depth}.{kind}"] = count
+    return parts
+
+
+def _recurrent_macs(config: RecurrentEncoderConfig) -> dict[str, int]:
+    """MACs of one frame: three gates, each of the input and of the state before."""
+    widths = (config.input_dim, *config.prenet_dims)
+    parts = {"prenet": sum(a * b for a, b in pairwise(widths))} if config.prenet_dims else {}
+    for layer, (inputs, dim) in enumerate(pairwise(config.layer_dims), 1):
+        parts[f"layers.{layer}.recurrence"] = 3 * dim * (inputs + dim)
+        if config.quantizers and (quantizer := config.quantizers[layer - 1]) is not None:
+            parts[f"layers.{layer}.quantizer"] = _quantizer_macs(quantizer)
+    return parts
+
+
+def _conv_macs(config: ConvEncoderConfig) -> dict[str, int]:
+    """MACs of one frame; the hidden taps of masked convolutions are not computed."""
+    parts = {}
+    for block in range(config.num_blocks):
+        inputs = config.dim if block else config.input_dim
+        parts[f"layers.{2 * block + 1}.convolutions"] = (BLOCK_KERNEL * inputs + config.dim) * config.dim
+        parts[f"layers.{2 * block + 2}.convolutions"] = 2 * config.num_taps(block) * config.dim**2
+    if config.quantizer is not None:
+        parts[f"layers.{config.num_layers}.quantizer"] = _quantizer_macs(config.quantizer)
+    return parts
+
+
+def _quantizer_macs(config: QuantizerConfig) -> int:
+    """MACs of one frame's logits; the codes themselves are looked up."""
+    return sum(codes * dim for codes, dim in zip(config.num_codes, config.code_dims, strict=True))
 
 
 def block_macs(config: EncoderConfig, block: BlockConfig, num_frames: int, pairs: Pairs = "computed") -> dict[str, int]:
@@ -218,8 +271,7 @@ def frontend_rate(config: FrontendConfig) -> int:
     """Sample rate in Hz of the waveforms that a front-end takes."""
     if isinstance(config, ConvFrontendConfig):
         return config.sample_rate
-    features = config.features
-    return features.sample_rate if isinstance(features, FilterbankConfig | StftConfig) else features.filterbank.sample_rate
+    return features_sample_rate(config.features)
 
 
 def frontend_macs(config: FrontendConfig, num_samples: int) -> tuple[dict[str, int], int]:
@@ -240,15 +292,20 @@ def frontend_macs(config: FrontendConfig, num_samples: int) -> tuple[dict[str, i
 
 def _spectral_macs(config: SpectralFrontendConfig, num_samples: int) -> tuple[dict[str, int], int]:
     features = config.features
-    stft = isinstance(features, StftConfig)
+    if isinstance(features, StoredFeaturesConfig):
+        return {}, num_stacked_frames(build_features(features).num_frames(num_samples), config.stack, config.stack_tail)
+    stft = isinstance(features, StftConfig | StftMfccConfig)
     parts, frames, dim = _stft_macs(features, num_samples) if stft else _kaldi_macs(features, num_samples)  # type: ignore[arg-type]
     if config.cepstra:
         parts["frontend.cepstra"] = parts.get("frontend.cepstra", 0) + frames * dim * config.cepstra
     return parts, num_stacked_frames(frames, config.stack, config.stack_tail)
 
 
-def _stft_macs(config: StftConfig, num_samples: int) -> tuple[dict[str, int], int, int]:
+def _stft_macs(config: StftConfig | StftMfccConfig, num_samples: int) -> tuple[dict[str, int], int, int]:
     """MACs by part, frames, features."""
+    if isinstance(config, StftMfccConfig):
+        parts, frames, dim = _stft_macs(config.spectrum, num_samples)
+        return {**parts, "frontend.cepstra": frames * dim * config.num_coefficients}, frames, config.num_coefficients
     size = 2 * (config.num_bins - 1)
     frames = centred_num_frames(num_samples, size, samples_of_ms(config.frame_shift_ms, config.sample_rate))
     parts = {"frontend.transform": frames * round(size * math.log2(size))}

@@ -40,8 +40,10 @@ def claim(
         Whether the folder had another plan so far.
 
     Raises:
-        ValueError: The folder holds another compression, or something else.
+        ValueError: The folder holds another compression, or something else, or is a file.
     """
+    if output.is_file():
+        raise ValueError(f"{output} is a file; --output names a folder")
     corpus = None if corpus_folder is None else Corpus.open(corpus_folder)
     values = {
         "format_version": 1,

@@ -11,6 +11,8 @@ there. Every training draws an order and masks of its own, and all of them hold 
 ``compression.json``       what each of them bought
 ``model/``                 the result
 =========================  =========================================================================================
+
+Under ``torchrun`` the first process cuts and writes, and all of them train.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,11 @@ from sslim.recipes.compression_yaml import CompressionRecipe, HeadRounds, LogitD
 from sslim.recipes.corpus_batches import split_utterances
 from sslim.recipes.distil import NamedTeacher, distil, load_teacher
 from sslim.recipes.distil_recipes import DistilRecipe
-from sslim.recipes.iterative_weights import train_and_prune, what_is_left
+from sslim.recipes.iterative_weights import described, train_and_prune, what_is_left
 from sslim.recipes.pretrain import HEAD, PretrainRecipe, label_set, pretrain
 from sslim.recipes.recovery import Wrap, Write, keeping_zeros
-from sslim.training import TrainingResult
+from sslim.training import Processes, TrainingResult
+from sslim.training.distributed import on_main, pick_device
 from sslim.training.seeds import derive_seed
 
 MOST_UTTERANCES = 2_000  # that data scores look at: their features are held in memory, 8 h of them in 0.2 GB
@@ -49,7 +53,7 @@ DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "layer_drop")
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What all parts of a run share; ``rows`` are those of the table so far."""
+    """What all parts of a run share; ``rows`` are those of the table so far, ``is_main`` tells the process that writes."""
 
     recipe: CompressionRecipe
     whole: NamedTeacher
@@ -57,18 +61,20 @@ class _Run:
     labels: str | None
     output: Path
     say: Callable[[str], None]
+    is_main: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, name: str, model: SpeechModel) -> None:
         """Adds a row to the table."""
         self.rows.append(row_of(name, model, Conditions()))
-        write_table(self.output, self.rows)
+        if self.is_main:
+            write_table(self.output, self.rows)
 
     def start(self) -> SpeechModel:
         """A copy of the model to compress: its own architecture, the files' dropout."""
-        model, encoder = self.whole.model, self.recipe.model.encoder
+        model, encoder = self.whole.model, self.recipe.model.transformer
         dropouts = {name: getattr(encoder, name) for name in DROPOUTS}
-        return with_settings(model, replace(model.config, encoder=replace(model.config.encoder, **dropouts)))
+        return with_settings(model, replace(model.config, encoder=replace(model.config.transformer, **dropouts)))
 
 
 def run_compression(
@@ -96,10 +102,11 @@ def run_compression(
     Raises:
         ValueError: Model, labels or corpus do not fit the recipe or one another, or the folder holds something else.
     """
-    whole = load_teacher(model_path)
+    is_main = Processes.of_environment().is_main
+    say, whole = say if is_main else (lambda _: None), load_teacher(model_path)
     labels = _checked_labels(recipe, whole, corpus_folder, labels_name, say)
-    claim(output, "recipe", {**_decisive(recipe), "labels": labels}, whole, corpus_folder)
-    run = _Run(recipe=recipe, whole=whole, corpus=corpus_folder, labels=labels, output=output, say=say)
+    on_main(lambda: claim(output, "recipe", {**_decisive(recipe), "labels": labels}, whole, corpus_folder))
+    run = _Run(recipe=recipe, whole=whole, corpus=corpus_folder, labels=labels, output=output, say=say, is_main=is_main)
     run.note("whole", whole.model)
     method = recipe.method
     if isinstance(method, WeightRounds):
@@ -141,7 +148,9 @@ def _checked_labels(
     return labels.name
 
 
-def _train(run: _Run, model: SpeechModel, folder: Path, steps: int, number: int, wrap: Wrap, write: Write) -> TrainingResult:
+def _train(
+    run: _Run, model: SpeechModel, folder: Path, steps: int, number: int, wrap: Wrap, write: Write, **notes: Any
+) -> TrainingResult:
     """Goes on with masked prediction, in place; ``number`` tells the trainings of a run from each other."""
     recipe, seed = run.recipe, run.recipe.training.seed
     training = replace(
@@ -156,7 +165,7 @@ def _train(run: _Run, model: SpeechModel, folder: Path, steps: int, number: int,
         data=replace(recipe.data, split_seed=seed),
     )
     return pretrain(
-        pretraining, run.corpus, run.labels, folder, start=model, keep_head=True, wrap=wrap, write=write, say=run.say
+        pretraining, run.corpus, run.labels, folder, start=model, keep_head=True, wrap=wrap, write=write, say=run.say, **notes
     )
 
 
@@ -165,7 +174,8 @@ def _prune_weights(run: _Run, method: WeightRounds) -> TrainingResult | None:
     start = run.start()
 
     def train(total_steps: int, *, wrap: Wrap, write: Write) -> TrainingResult:
-        return _train(run, copy.deepcopy(start), run.output / "training", total_steps, 0, wrap, write)
+        told = described(schedule, method.choice)
+        return _train(run, copy.deepcopy(start), run.output / "training", total_steps, 0, wrap, write, pruning=told)
 
     result = train_and_prune(train, schedule, method.choice, say=run.say)
     return _finished(run, "weights", result)
@@ -199,14 +209,15 @@ def _prune_between(run: _Run, name: str, cut: Callable[[SpeechModel, int], Speec
     model = run.start()
     for number, steps in enumerate(run.recipe.segments):
         folder = run.output / (f"{number:02d}-{name}" if number else "00-training")
-        if not (folder / "model").is_dir():
+        if not on_main((folder / "model").is_dir):
             result = _segment(run, folder, model, steps, number, cut)
             if result is not None:
                 return result
         model = load_model(folder / "model")
         if number:
             run.note(folder.name, model)
-    save_model(model, run.output / "model")
+    if run.is_main:
+        save_model(model, run.output / "model")
     return None
 
 
@@ -215,8 +226,7 @@ def _segment(
 ) -> TrainingResult | None:
     """One pruning, but before the first, and the training after it; ``folder/model`` is what that gives."""
     if number:
-        if not (folder / "cut").is_dir():
-            save_model(cut(model, number - 1), folder / "cut")
+        on_main(partial(_write_cut, folder / "cut", model, lambda model: cut(model, number - 1)))
         small = load_model(folder / "cut")
         run.say(f"{folder.name}: {outcome(model, small)}")
         model = small
@@ -225,8 +235,13 @@ def _segment(
         if not result.finished:
             return result
         model = load_model(folder / "training" / "model")
-    save_model(model, folder / "model")
+    on_main(partial(save_model, model, folder / "model"))
     return None
+
+
+def _write_cut(folder: Path, model: SpeechModel, cut: Callable[[SpeechModel], SpeechModel]) -> None:
+    if not folder.is_dir():
+        save_model(cut(model), folder)
 
 
 def _head_cut(run: _Run, method: HeadRounds) -> Callable[[SpeechModel, int], SpeechModel]:
@@ -240,10 +255,13 @@ def _head_cut(run: _Run, method: HeadRounds) -> Callable[[SpeechModel, int], Spe
     config = CalibrationConfig(num_utterances=min(wanted, MOST_UTTERANCES), crop_s=data.crop_s or 15.0, seed=seed)
 
     def cut(model: SpeechModel, number: int) -> SpeechModel:
-        calibration = None
-        if method.score == "data":
-            calibration = calibrate(model, run.corpus, config, labels_name=run.labels, prediction=run.recipe.objective)
-        return prune_heads(model, method.settings(model.config, number), calibration)
+        settings = method.settings(model.config, number)
+        if method.score != "data":
+            return prune_heads(model, settings)
+        device = pick_device(run.recipe.training.device, Processes.of_environment())
+        model, seen = copy.deepcopy(model).to(device), run.recipe.objective
+        calibration = calibrate(model, run.corpus, config, labels_name=run.labels, prediction=seen, device=str(device))
+        return prune_heads(model, settings, calibration).cpu()
 
     return cut
 
@@ -258,5 +276,6 @@ def _finished(run: _Run, name: str, result: TrainingResult) -> TrainingResult | 
         return result
     model = load_model(run.output / "training" / "model")
     run.note(name, model)
-    save_model(model, run.output / "model")
+    if run.is_main:
+        save_model(model, run.output / "model")
     return None

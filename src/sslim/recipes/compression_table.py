@@ -13,6 +13,7 @@ from sslim.compress.weights import STEP as WEIGHTS
 from sslim.config import read_json
 from sslim.models import SpeechModel
 from sslim.models.storage import stored_state
+from sslim.nn.encoder import EncoderConfig
 from sslim.profiling import Conditions, count_macs
 from sslim.profiling.measure import nonzero_parameters, zero_share
 from sslim.profiling.profile import SPARSE, ZEROS_NOTE
@@ -45,6 +46,7 @@ def row_of(name: str, model: SpeechModel, conditions: Conditions) -> dict[str, A
         conditions: Length of audio that MACs hold for.
     """
     config = model.config
+    blocks = config.encoder.blocks if isinstance(config.encoder, EncoderConfig) else ()
     macs = None if config.frontend is None else count_macs(config, seconds=conditions.seconds).per_second
     return {
         "name": name,
@@ -54,8 +56,8 @@ def row_of(name: str, model: SpeechModel, conditions: Conditions) -> dict[str, A
         "macs_per_s": macs,
         "num_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored_state(model).values()),
         "num_layers": config.encoder.num_layers,
-        "heads": [block.num_heads for block in config.encoder.blocks],
-        "feedforward": [block.feedforward_dim for block in config.encoder.blocks],
+        "heads": [block.num_heads for block in blocks],
+        "feedforward": [block.feedforward_dim for block in blocks],
     }
 
 

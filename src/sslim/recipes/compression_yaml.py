@@ -121,7 +121,7 @@ class HeadRounds:
         Raises:
             ValueError: The same number is to go from every layer, and layers have different numbers of heads.
         """
-        counts = [block.num_heads for block in config.encoder.blocks]
+        counts = [block.num_heads for block in config.transformer.blocks]
         amount = round(self.rounds[number].amount)
         left = sum(counts) - amount
         if self.scope == "layer":
@@ -146,7 +146,7 @@ class RowRounds:
         Raises:
             ValueError: Layers have different widths.
         """
-        width = _equal([block.feedforward_dim for block in config.encoder.blocks], "feed-forward units")
+        width = _equal([block.feedforward_dim for block in config.transformer.blocks], "feed-forward units")
         return RowPruning(num_kept=width - round(self.rounds[number].amount), scope="uniform", score="l1")
 
 
@@ -359,7 +359,7 @@ def _head_rounds(prune: dict[str, Any], steps: tuple[int, ...], model: ModelConf
     scope, score = _chosen(prune, "target", TARGETS, source), _chosen(prune, "metric", METRICS, source)
     if prune["test_reverse"] is not False:
         raise ConfigError(f"{source}: test_reverse is {prune['test_reverse']!r}; only False, heads of little worth go first")
-    blocks = model.encoder.blocks
+    blocks = model.transformer.blocks
     each = len(blocks)  # what the reference always takes with l1
     if score == "data":
         if prune["num_heads_each_step"] is None:
@@ -383,7 +383,7 @@ def _head_rounds(prune: dict[str, Any], steps: tuple[int, ...], model: ModelConf
 
 
 def _row_rounds(prune: dict[str, Any], steps: tuple[int, ...], model: ModelConfig, source: Path) -> RowRounds:
-    each, width = _count(prune, "num_rows_each_step", source), model.encoder.blocks[0].feedforward_dim
+    each, width = _count(prune, "num_rows_each_step", source), model.transformer.blocks[0].feedforward_dim
     if each * len(steps) >= width:
         raise ConfigError(f"{source}: {len(steps)} prunings of {each} rows leave none of {width}")
     return RowRounds(rounds=tuple(PruneRound(step=step, amount=each) for step in steps))
@@ -399,12 +399,13 @@ def _distillation(model_file: dict[str, Any], student: dict[str, Any], model: Mo
     ):
         if ours != theirs:
             raise ConfigError(f"{source}: {what} of student ({student[what]}) and teacher ({t[what]}) differ; they must agree")
-    frames, depth = _chosen(loss, "type", LOSS_FRAMES, source), len(model.encoder.blocks)
+    frames, depth = _chosen(loss, "type", LOSS_FRAMES, source), len(model.transformer.blocks)
     takes_over = student["initial_from_teacher"]
     if not isinstance(takes_over, bool):
         raise ConfigError(f"{source}: initial_from_teacher is {takes_over!r}, expected True or False")
-    if takes_over and depth > len(teacher.encoder.blocks):
-        raise ConfigError(f"{source}: the student has {depth} layers, its teacher {len(teacher.encoder.blocks)} to start from")
+    if takes_over and depth > len(teacher.transformer.blocks):
+        found = len(teacher.transformer.blocks)
+        raise ConfigError(f"{source}: the student has {depth} layers, its teacher {found} to start from")
     temperature, alpha = as_number(loss["T"], "T"), as_number(loss["alpha"], "alpha")
     try:
         return LogitDistillation(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
+from sslim.audio import num_stacked_frames
 from sslim.config import OMIT_DEFAULT, to_plain
 from sslim.data.batching import BatchingConfig, BatchPlan, CorpusBatches, FrameFacts
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
+from sslim.data.noise import Noise, NoiseConfig
+from sslim.data.sources import SPLIT_ROLES, split_role
 from sslim.models import SpeechModel
 from sslim.models.encoding import reads_stored_features
-
-HELD_OUT_SPLITS = ("dev", "test", "valid", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +29,13 @@ class DataConfig:
         crop_s: Longer utterances are cut to this, at a random place in every epoch; None keeps them whole.
         min_s: Shorter utterances are left out.
         max_s: Longer utterances are left out.
-        train_splits: Splits to train on; None is all but dev, test and validation.
-        valid_split: Split to validate on; None is dev or valid(ation) where there is one.
+        train_splits: Splits to train on; None is all but those for development, validation and test (``dev``, ``test-clean``).
+        valid_split: Split to validate on; None is dev or valid(ation) where there is one, else the first like ``dev-clean``.
         valid_share: Share of the training utterances held out for validation when no such split exists.
         split_seed: Decides which these are; None leaves it to the run's seed. Runs that follow one another with seeds of their
             own go on holding out the same ones.
+        noise: Added to the waveforms that are trained on, never to those of validation; a model of fixed features then computes
+            them from waveforms, too. Reconstruction restores the features of the clean sound.
     """
 
     batch_s: float | None = 60.0
@@ -43,6 +47,7 @@ class DataConfig:
     valid_split: str | None = None
     valid_share: float = 0.02
     split_seed: int | None = field(default=None, metadata={OMIT_DEFAULT: True})
+    noise: NoiseConfig | None = field(default=None, metadata={OMIT_DEFAULT: True})
 
 
 def _chosen(corpus: Corpus, wanted: Callable[[str | None], bool]) -> np.ndarray:
@@ -65,12 +70,12 @@ def split_utterances(corpus: Corpus, data: DataConfig, seed: int) -> tuple[np.nd
     for split in (*(data.train_splits or ()), *([data.valid_split] if data.valid_split else [])):
         if split not in names:
             raise ValueError(f"corpus {corpus.name} has no split {split!r}; it has {names or 'none'}")
-    valid_split = data.valid_split or next((name for name in ("dev", "valid", "validation") if name in names), None)
+    plain_first = sorted(names, key=lambda name: (name not in SPLIT_ROLES, name))
+    valid_split = data.valid_split or next((name for name in plain_first if split_role(name) == "dev"), None)
     if data.train_splits is not None:
         train = _chosen(corpus, lambda split: split in data.train_splits)  # type: ignore[operator]
     else:
-        held_out_splits = {*HELD_OUT_SPLITS, valid_split} - {None}
-        train = _chosen(corpus, lambda split: split not in held_out_splits)
+        train = _chosen(corpus, lambda split: split_role(split) not in ("dev", "test") and split != (valid_split or ""))
     if valid_split is not None:
         valid = _chosen(corpus, lambda split: split == valid_split)
     else:
@@ -99,11 +104,12 @@ def frame_facts(corpus: Corpus, model: SpeechModel, *, waveforms: bool = False) 
         waveforms: Read waveforms in any case.
 
     Raises:
-        ValueError: The model has no front-end, or needs waveforms that the corpus does not have or has at another rate.
+        ValueError: The model takes features from outside and the corpus holds none of their width, or it needs waveforms that
+            the corpus does not have or has at another rate.
     """
     frontend = model.frontend
     if frontend is None:
-        raise ValueError(f"corpus {corpus.name} holds no features that this model could train on")
+        return _outside_facts(corpus, model)
     if not waveforms and reads_stored_features(model, corpus):
         return FrameFacts.of_features(frontend)
     if corpus.sample_rate != frontend.sample_rate:
@@ -119,6 +125,23 @@ def frame_facts(corpus: Corpus, model: SpeechModel, *, waveforms: bool = False) 
     return FrameFacts.of_waveform(frontend)
 
 
+def _outside_facts(corpus: Corpus, model: SpeechModel) -> FrameFacts:
+    """For a model without a front-end: whatever features are stored, as long as they are as wide as it takes them."""
+    projection = model.config.projection
+    if corpus.base_dim != projection.feature_dim:
+        held = f"{corpus.base_dim} features" if corpus.base_dim else "no features"
+        raise ValueError(
+            f"this {model.config.family} model takes {projection.feature_dim} features from outside, and corpus {corpus.name} "
+            f"holds {held} for each frame"
+        )
+    return FrameFacts(
+        hop=projection.stack,
+        unit_s=corpus.base_frame_shift_s,
+        frame_period_s=corpus.base_frame_shift_s * projection.stack,
+        num_frames=partial(num_stacked_frames, stack=projection.stack, tail="drop"),
+    )
+
+
 def _difference(corpus: Corpus, model: SpeechModel) -> str:
     """Why stored features will not do."""
     assert model.frontend is not None
@@ -128,6 +151,11 @@ def _difference(corpus: Corpus, model: SpeechModel) -> str:
     if corpus.frontend_config is None:
         return "no features are stored"
     stored, needed = to_plain(corpus.frontend_config.features), to_plain(features)
+    if reads_stored_features(model, corpus):
+        return "its target or the noise for it is made of waveforms"
+    if stored == needed:
+        has = "lack" if corpus.frontend_config.normalization.kind == "speaker" else "have"
+        return f"its stored features {has} the mean of their speakers, unlike the model's"
     key = next(key for key in sorted(set(stored) | set(needed)) if stored.get(key) != needed.get(key))
     return f"its features have {key}={stored.get(key)!r}, the model's {key}={needed.get(key)!r}"
 
@@ -168,9 +196,10 @@ def make_batches(
         facts: What is read, where it is not the model alone that decides.
 
     Raises:
-        ValueError: The corpus does not hold what the model needs, or no utterance is as long as a frame.
+        ValueError: The corpus does not hold what the model needs, or no utterance is as long as a frame, or the noise cannot
+            be added.
     """
-    facts = facts or frame_facts(corpus, model)
+    facts = facts or frame_facts(corpus, model, waveforms=data.noise is not None)
     lengths = (corpus.num_samples if facts.is_waveform else corpus.num_frames)[utterances]
     crop = None if data.crop_s is None else _units(data.crop_s, facts)
     longest = int(lengths.max()) if crop is None else min(crop, int(lengths.max()))
@@ -183,4 +212,6 @@ def make_batches(
         crop_multiple=facts.hop,
         shuffle=shuffle,
     )
-    return CorpusBatches(corpus, BatchPlan(lengths, config, seed=seed), facts, labels=labels, utterances=utterances)
+    noise = None if data.noise is None or not shuffle else Noise(data.noise, corpus.sample_rate)
+    plan = BatchPlan(lengths, config, seed=seed)
+    return CorpusBatches(corpus, plan, facts, labels=labels, utterances=utterances, noise=noise)

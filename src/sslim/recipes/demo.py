@@ -199,17 +199,6 @@ def tasks(corpus: Corpus) -> list[tuple[str, str]]:
     return found
 
 
-def add_example(config: DemoConfig) -> None:
-    """Puts an utterance with the model's predictions beside the run, for the report."""
-    from sslim.checkpoints import load_model
-    from sslim.recipes.melhubert import RECIPES
-    from sslim.recipes.report_example import add_example as add
-
-    corpus = Corpus.open(config.corpus)
-    objective = RECIPES[RECIPE]().objective
-    add(config.run, load_model(config.run / "model"), objective, corpus, corpus.labels(LABELS), seed=config.seed)
-
-
 def scores(config: DemoConfig) -> list[dict[str, Any]]:
     """Returns the result cards that the demo has made."""
     return [read_json(path) for path in sorted((config.run / "cards").glob("*.json"))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ from sslim.objectives.teacher_init import init_from_teacher
 from sslim.recipes.corpus_batches import frame_facts, make_batches, split_utterances
 from sslim.recipes.distil_losses import DistilObjective
 from sslim.recipes.distil_recipes import DistilRecipe
-from sslim.recipes.pretrain import check_labels, give_statistics, label_set, without_statistics
+from sslim.recipes.pretrain import PRUNING, check_data, give_statistics, label_set, without_statistics
 from sslim.training import Processes, Trainer, TrainingResult, join_processes
 from sslim.training.distributed import pick_device
 
-MAY_CHANGE = ("sslim", "corpus.folder", "teacher.name", "student", "cache_teacher", "recipe.about")
+MAY_CHANGE = ("sslim", "corpus.folder", "teacher.name", "student", "cache_teacher", "recipe.about", PRUNING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def _labels(
         raise ValueError(
             f"label set {labels.name} has {labels.num_clusters} clusters, teacher and student have heads over {clusters}"
         )
-    for note in check_labels(corpus, labels, student):
+    for note in check_data(corpus, labels, student):
         say(f"note: {note}")
     return labels
 
@@ -179,7 +179,7 @@ def _batches(
     )
     if labels is None:
         return batches
-    return CorpusBatches(corpus, batches.plan, own[0], labels=labels, utterances=batches.utterances)
+    return CorpusBatches(corpus, batches.plan, own[0], labels=labels, utterances=batches.utterances, noise=batches.noise)
 
 
 def _resolved(
@@ -286,6 +286,7 @@ def distil(
     cache_teacher: Path | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda objective: objective,
     write: Callable[[SpeechModel, Path], None] = save_model,
+    pruning: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainingResult:
     """Trains a student, or goes on with what ``output`` holds; the trained student is then in ``output/model``.
@@ -301,6 +302,7 @@ def distil(
         cache_teacher: Folder for the teacher's outputs, made once and reused. With several processes the first fills it alone.
         wrap: Makes another objective of the distillation, for example one that keeps pruned weights at zero.
         write: Writes the student to the folder ``model`` of every checkpoint, and at the end of the run.
+        pruning: What ``wrap`` prunes, and when, as plain JSON values for ``run.json``; None where it prunes nothing.
         say: Where notes for the user go.
 
     Raises:
@@ -315,6 +317,7 @@ def distil(
         labels = _labels(recipe, corpus, labels_name, model, say)
         batches = _plan(recipe, corpus, labels, (model, teacher.model), say)
         description = _resolved(recipe, corpus, teacher, labels, model, student_name, cache_teacher)
+        description |= {} if pruning is None else {PRUNING: dict(pruning)}
         sources = _with_cache(batches, objective, corpus, cache_teacher, recipe, processes, say)
         before = list(model.provenance)
 

@@ -112,7 +112,7 @@ def data2vec(student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | N
     LightHuBERT's first stage. Whether it normalised the targets and which frames counted is not published; here they are
     normalised over time and hidden frames count. Layers without a feed-forward part (of a pruned teacher) are left out.
     """
-    encoder = teacher.encoder
+    encoder = teacher.transformer
     whole = [layer for layer, block in enumerate(encoder.depth_map, 1) if encoder.blocks[block].feedforward_dim]
     last = tuple(layer for layer in whole if layer > encoder.num_layers - max(1, round(2 * encoder.num_layers / 3)))
     chosen = (last or tuple(whole)) if layers is None else _only_teacher(layers, "data2vec")

@@ -172,7 +172,7 @@ def _for_training(config: ModelConfig, recipe: GatesRecipe) -> ModelConfig:
     scaled down, as in pre-training, the loss would defend channels less than the Lagrangian attacks them.
     """
     quiet = {} if recipe.dropout else {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-    encoder = replace(config.encoder, layer_drop=0.0, **quiet)  # type: ignore[arg-type]
+    encoder = replace(config.transformer, layer_drop=0.0, **quiet)  # type: ignore[arg-type]
     frontend = config.frontend
     if isinstance(frontend, ConvFrontendConfig) and recipe.gates.channels is not None:
         frontend = replace(frontend, gradient_scale=1.0)
@@ -182,7 +182,7 @@ def _for_training(config: ModelConfig, recipe: GatesRecipe) -> ModelConfig:
 def _as_before(config: ModelConfig, whole: ModelConfig) -> ModelConfig:
     """Gives a cut model's description the settings back that :func:`_for_training` changed."""
     names = ("dropout", "attention_dropout", "activation_dropout", "layer_drop")
-    encoder = replace(config.encoder, **{name: getattr(whole.encoder, name) for name in names})
+    encoder = replace(config.transformer, **{name: getattr(whole.transformer, name) for name in names})
     frontend = config.frontend
     if isinstance(frontend, ConvFrontendConfig) and isinstance(whole.frontend, ConvFrontendConfig):
         frontend = replace(frontend, gradient_scale=whole.frontend.gradient_scale)

@@ -50,11 +50,7 @@ def pretrain_iterations(
     Raises:
         ValueError: The recipe has no targets for so many iterations, or whatever ``pretrain`` refuses.
     """
-    if num_iterations < 1 or num_iterations > len(recipe.targets):
-        raise ValueError(
-            f"recipe {recipe.name} says what to cluster for {len(recipe.targets)} iterations, {num_iterations} are asked for: "
-            "set its targets, or cluster and train by hand with `sslim cluster` and `sslim pretrain`"
-        )
+    _check(recipe, num_iterations)
     processes = Processes.of_environment()  # under torchrun the first clusters, the others wait for its labels
     result: TrainingResult | None = None
     for number, targets in enumerate(recipe.targets[:num_iterations], start=1):
@@ -79,6 +75,16 @@ def pretrain_iterations(
             break
     assert result is not None
     return result
+
+
+def _check(recipe: PretrainRecipe, num_iterations: int) -> None:
+    if not recipe.task.needs_labels:
+        raise ValueError(f"recipe {recipe.name} learns without labels, so there is nothing to cluster: leave out --iterations")
+    if num_iterations < 1 or num_iterations > len(recipe.targets):
+        raise ValueError(
+            f"recipe {recipe.name} says what to cluster for {len(recipe.targets)} iterations, {num_iterations} are asked for: "
+            "set its targets, or cluster and train by hand with `sslim cluster` and `sslim pretrain`"
+        )
 
 
 def _labels(

@@ -10,13 +10,14 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from sslim.checkpoints import save_model
 from sslim.compress.weight_schedule import PruningSchedule
 from sslim.compress.weights import IterativeWeightPruning, WeightChoice, sparsity_of
+from sslim.config import to_plain
 from sslim.models import SpeechModel
 from sslim.recipes.distil import NamedTeacher
 from sslim.recipes.recovery import RecoveryConfig, Wrap, Write, recover
@@ -83,9 +84,15 @@ def prune_weights_iteratively(
     def train(total_steps: int, *, wrap: Wrap, write: Write) -> TrainingResult:
         config = replace(settings.training, steps=total_steps)
         start = copy.deepcopy(model.model)
-        return recover(start, whole, corpus, output, config, wrap=wrap, write=write, schedule=rate, say=say)
+        told = described(schedule, settings.choice)
+        return recover(start, whole, corpus, output, config, wrap=wrap, write=write, schedule=rate, pruning=told, say=say)
 
     return train_and_prune(train, schedule, settings.choice, say=say)
+
+
+def described(schedule: PruningSchedule, choice: WeightChoice) -> dict[str, Any]:
+    """Returns what is pruned, and when, for the ``run.json`` of the training."""
+    return {"schedule": to_plain(schedule), "choice": to_plain(choice)}
 
 
 def what_is_left(

@@ -15,6 +15,7 @@ import torch
 from sslim import __version__
 from sslim.data.corpus import Corpus
 from sslim.models import SpeechModel
+from sslim.nn.encoder import EncoderConfig
 from sslim.profiling.profile import ZEROS_NOTE
 from sslim.storage import write_text_atomically
 
@@ -68,7 +69,8 @@ def model_card(
 ) -> str:
     """Returns the text of a model card, see :func:`write_model_card`."""
     encoder, (whole, result) = model.config.encoder, (rows[0], rows[-1])
-    blocks = f" from {len(set(encoder.depth_map))} blocks" if len(set(encoder.depth_map)) < encoder.num_layers else ""
+    num_blocks = len(set(encoder.depth_map)) if isinstance(encoder, EncoderConfig) else encoder.num_layers
+    blocks = f" from {num_blocks} blocks" if num_blocks < encoder.num_layers else ""
     share = result["num_parameters"] / whole["num_parameters"]
     lines = [
         f"# {name}",

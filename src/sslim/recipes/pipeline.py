@@ -3,6 +3,8 @@
 A single method is a pipeline of one step, an iterative one a step with several rounds. The output folder holds for every
 round the model as it was cut and the run that trained it again, at the end ``model/`` and ``compression.json``, the table of
 what each round bought. Running the same command again goes on where it stopped.
+
+Under ``torchrun`` the first process cuts, measures and writes, and all of them train.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import copy
 import shutil
 import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +37,11 @@ from sslim.recipes.compression_table import outcome, row_of, write_table
 from sslim.recipes.distil import NamedTeacher, load_teacher
 from sslim.recipes.model_card import write_model_card
 from sslim.recipes.pretrain import HEAD as PREDICTION_HEAD
-from sslim.recipes.recovery import RecoveryConfig, recover
+from sslim.recipes.recovery import RECONSTRUCTION, RecoveryConfig, recover
 from sslim.recipes.trained_methods import TRAINED_METHODS
 from sslim.storage import write_json
-from sslim.training import TrainingResult
+from sslim.training import Processes, TrainingResult
+from sslim.training.distributed import on_main, pick_device
 from sslim.training.run_folder import RunFolder
 
 ALL = (*METHODS, *TRAINED_METHODS)
@@ -188,13 +192,14 @@ def _read_step(step: dict[str, Any], common: dict[str, Any] | None, where: str) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Context:
-    """What all rounds of a pipeline share."""
+    """What all rounds of a pipeline share; ``is_main`` tells the process that writes and speaks."""
 
     pipeline: Pipeline
     whole: NamedTeacher
     corpus: Path | None
     output: Path
     say: Callable[[str], None]
+    is_main: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,13 +261,13 @@ def compress(
     if whole.model.config.search_space is not None:
         raise ValueError(f"{model_path} is a supernet: cut one of its subnets out first, with `sslim compress extract`")
     require_float(whole.model)
-    plan = to_plain(pipeline)
-    changed = claim(output, "pipeline", plan, whole, corpus_folder, compared=partial(_begun, output))
-    with RunFolder(output).lock():
-        if changed:
+    plan, is_main = to_plain(pipeline), Processes.of_environment().is_main
+    changed = on_main(lambda: claim(output, "pipeline", plan, whole, corpus_folder, compared=partial(_begun, output)))
+    with RunFolder(output).lock() if is_main else nullcontext():
+        if changed and is_main:
             shutil.rmtree(output / "model", ignore_errors=True)  # of the plan before
-        context = _Context(pipeline=pipeline, whole=whole, corpus=corpus_folder, output=output, say=say)
-        return _run_all(context)
+        say = say if is_main else (lambda _: None)
+        return _run_all(_Context(pipeline=pipeline, whole=whole, corpus=corpus_folder, output=output, say=say, is_main=is_main))
 
 
 def _begun(output: Path, old: Any, new: Any) -> tuple[Any, Any]:
@@ -295,17 +300,19 @@ def _run_all(context: _Context) -> TrainingResult | None:
             at_hand = NamedTeacher(model=load_model(folder / "model"), name=folder.name)
             rows.append(row_of(folder.name, _without_new_heads(at_hand.model, whole.model), pipeline.conditions))
             _add_budget(rows, folder)
-            write_table(context.output, rows)
-    result = _without_new_heads(at_hand.model, whole.model)
-    save_model(result, context.output / "model")
-    write_model_card(context.output, result, rows, read_json(context.output / PLAN)["model"], context.corpus)
+            if context.is_main:
+                write_table(context.output, rows)
+    if context.is_main:
+        result = _without_new_heads(at_hand.model, whole.model)
+        save_model(result, context.output / "model")
+        write_model_card(context.output, result, rows, read_json(context.output / PLAN)["model"], context.corpus)
     return None
 
 
 def _run(context: _Context, now: _Round) -> TrainingResult | None:
-    """Cuts and trains, unless that is done."""
+    """Cuts and trains, unless that is done; what is no training is left to the main process."""
     folder, step = now.folder, now.step
-    if (folder / "model").is_dir():
+    if on_main((folder / "model").is_dir):
         context.say(f"{folder.name}: done before")
         return None
     cut = folder / "cut"
@@ -316,53 +323,60 @@ def _run(context: _Context, now: _Round) -> TrainingResult | None:
         if not trained.finished:
             return trained
         cut = folder / "training" / "model"
-    elif not cut.is_dir():
-        save_model(_cut(context, now), cut)
-    small = load_model(cut)
-    context.say(f"{folder.name}: {outcome(now.model.model, small)}")
-    if step.budget is not None and now.is_last:
-        _note_reached(context, now, small)
+    on_main(partial(_take_cut, context, now, cut))
     if step.recover is None:
-        save_model(small, folder / "model")
         return None
     assert context.corpus is not None
-    result = recover(small, context.whole, context.corpus, folder / "recovery", step.recover, say=context.say)
+    result = recover(load_model(cut), context.whole, context.corpus, folder / "recovery", step.recover, say=context.say)
     if not result.finished:
         return result
-    save_model(load_model(folder / "recovery" / "model"), folder / "model")
+    on_main(lambda: save_model(load_model(folder / "recovery" / "model"), folder / "model"))
     return None
 
 
+def _take_cut(context: _Context, now: _Round, cut: Path) -> None:
+    """Cuts where nothing has done so yet, tells what that bought, and takes it as it is where no training follows."""
+    if not cut.is_dir():
+        save_model(_cut(context, now), cut)
+    small = load_model(cut)
+    context.say(f"{now.folder.name}: {outcome(now.model.model, small)}")
+    if now.step.budget is not None and now.is_last:
+        _note_reached(context, now, small)
+    if now.step.recover is None:
+        save_model(small, now.folder / "model")
+
+
 def _cut(context: _Context, now: _Round) -> SpeechModel:
-    step, method, model = now.step, METHODS[now.step.method], now.model.model
+    step, method = now.step, METHODS[now.step.method]
     settings, calibration = step.read(), None
     told: dict[str, Any] = {}
     if method.looks_at_speech(settings):
-        calibration, told = _calibration(context, now)
+        device = pick_device(context.pipeline.calibration.device, Processes.of_environment())
+        now = replace(now, model=replace(now.model, model=copy.deepcopy(now.model.model).to(device)))
+        calibration, told = _calibration(context, now, str(device))
     if step.budget is not None and now.is_last:
         # searched anew for the model at hand: what earlier rounds rounded up or down is made good
-        settings = _with_strength(method, settings, _strength(context, now, now.folder, calibration))
+        settings = replace(settings, **_strength(context, now, now.folder, calibration))
     elif step.rounds > 1:
         if step.budget is not None:
-            settings = _with_strength(method, settings, _strength(context, now, now.first, calibration))
-        settings = method.in_round(settings, now.start, model, now.number / step.rounds)
-    small = method.apply(model, settings, calibration)
+            settings = replace(settings, **_strength(context, now, now.first, calibration))
+        settings = method.in_round(settings, now.start, now.model.model, now.number / step.rounds)
+    small = method.apply(now.model.model, settings, calibration).cpu()
     small.provenance[-1] |= told | ({} if step.budget is None else {"budget": step.budget})
     return small
 
 
-def _with_strength(method: Method, settings: Any, strength: float) -> Any:
-    return replace(settings, **{str(method.strength): strength})
-
-
-def _strength(context: _Context, now: _Round, folder: Path, calibration: Calibration | None) -> float:
-    """The strength that meets the budget, as noted in a round's folder; found for the model at hand where it is not."""
-    noted = folder / STRENGTH
+def _strength(context: _Context, now: _Round, folder: Path, calibration: Calibration | None) -> dict[str, float]:
+    """The settings that meet the budget, as noted in a round's folder; found for the model at hand where they are not."""
+    method, noted = METHODS[now.step.method], folder / STRENGTH
     if not noted.is_file():
         found = _within(context, now, calibration)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(noted, {"budget": now.step.budget, "keep": found.keep, "cost": found.cost})
-    return float(read_json(noted)["keep"])
+        fixed = {} if found.keep_coarse is None else {"keep_coarse": found.keep_coarse}
+        write_json(noted, {"budget": now.step.budget, "keep": found.keep, **fixed, "cost": found.cost})
+    values = read_json(noted)
+    names = {"keep": method.strength, "keep_coarse": method.coarse}
+    return {str(name): float(values[key]) for key, name in names.items() if key in values}
 
 
 def _within(context: _Context, now: _Round, calibration: Calibration | None) -> Found:
@@ -375,11 +389,12 @@ def _within(context: _Context, now: _Round, calibration: Calibration | None) -> 
     if budget.name == "latency_ms":
         return within_latency(plan, budget, stopwatch(model.config, conditions), least=least, say=context.say)
     cost = partial(size_of, name=budget.name, conditions=conditions)
-    return within_size(plan, budget, cost, least=least, say=context.say)
+    free = method.coarse is not None and getattr(settings, method.coarse) is None
+    return within_size(plan, budget, cost, least=least, say=context.say, coarse=method.coarse if free else None)
 
 
-def _calibration(context: _Context, now: _Round) -> tuple[Calibration, dict[str, Any]]:
-    """Calibration speech, and what the provenance tells of it."""
+def _calibration(context: _Context, now: _Round, device: str) -> tuple[Calibration, dict[str, Any]]:
+    """Calibration speech on a device, and what the provenance tells of it."""
     assert context.corpus is not None
     config, method = context.pipeline.calibration, METHODS[now.step.method]
     corpus, labels = Corpus.open(context.corpus), None
@@ -388,10 +403,15 @@ def _calibration(context: _Context, now: _Round) -> tuple[Calibration, dict[str,
         if labels is not None and config.labels is None and (missing := no_head_for(corpus.labels(labels), now.model.model)):
             context.say(f"note: scores compare the model with itself, not with labels {labels}: {missing}")
             labels = None
+    reconstruct = False
+    if method.looks_at_loss(now.step.read()):
+        reconstruct = config.reconstruct or getattr(now.step.recover, "loss", None) == RECONSTRUCTION
     count = min(config.num_utterances, len(corpus))
     context.say(f"{now.folder.name}: looking at up to {count:,} utterances of {corpus.name}")
-    calibration = calibrate(now.model.model, context.corpus, config, labels_name=labels)
-    return calibration, {"calibration": {"corpus": corpus.name, "num_utterances": count, "labels": labels}}
+    common: dict[str, Any] = {"labels_name": labels, "reconstruct": reconstruct, "device": device}
+    calibration = calibrate(now.model.model, context.corpus, config, **common)
+    told = {"corpus": corpus.name, "num_utterances": count, "labels": labels}
+    return calibration, {"calibration": told | ({"loss": RECONSTRUCTION} if reconstruct else {})}
 
 
 def _note_reached(context: _Context, now: _Round, small: SpeechModel) -> None:

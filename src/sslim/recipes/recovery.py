@@ -2,12 +2,13 @@
 
 By default it is distilled from the model before compression, layer to layer (L1 and cosine at a third, two thirds and the end
 of the depth, as DPHuBERT's second stage), which needs no labels and works for every family. With labels it goes on with masked
-prediction, as MelHuBERT's compression does. Weights that were pruned to zero stay zero.
+prediction, as MelHuBERT's compression does; a model that restores features can go on with that. Weights that were pruned to
+zero stay zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,9 @@ from sslim.models import ModelConfig, SpeechModel
 from sslim.nn.heads import ClusterHeadConfig
 from sslim.objectives import DistillationConfig, MaskedPredictionConfig
 from sslim.objectives.model_inputs import mask_place
+from sslim.objectives.reconstruction import check_reconstruction
 from sslim.recipes.calibration import MASKING
+from sslim.recipes.calibration import RECONSTRUCTION as RESTORING
 from sslim.recipes.corpus_batches import DataConfig
 from sslim.recipes.distil import NamedTeacher, distil
 from sslim.recipes.distil_losses import LOSSES, LayerChoice, dp_hubert, loss_for, thirds
@@ -29,7 +32,7 @@ from sslim.recipes.distil_recipes import DistilRecipe
 from sslim.recipes.pretrain import HEAD, PretrainRecipe, pretrain
 from sslim.training import OptimizerConfig, ScheduleConfig, TrainerConfig, TrainingResult
 
-LAYERS, PREDICTION = "layers", "prediction"
+LAYERS, PREDICTION, RECONSTRUCTION = "layers", "prediction", "reconstruction"
 Wrap = Callable[[nn.Module], nn.Module]  # an objective to another that does something more
 Write = Callable[[SpeechModel, Path], None]  # how a model is saved
 
@@ -39,8 +42,9 @@ class RecoveryConfig:
     """How a cut model is trained again.
 
     Attributes:
-        loss: ``layers``: layer to layer from the model before compression; ``prediction``: masked prediction of labels; or a
-            loss of ``sslim compress distil`` (``distil-hubert``, ``distil-alhubert``, ``dp-hubert``, ``data2vec``, ``logits``).
+        loss: ``layers``: layer to layer from the model before compression; ``prediction``: masked prediction of labels;
+            ``reconstruction``: masked reconstruction by the model's own head (Mockingjay, TERA, AALBERT); or a loss of
+            ``sslim compress distil`` (``distil-hubert``, ``distil-alhubert``, ``dp-hubert``, ``data2vec``, ``logits``).
         labels: Label set of the corpus, for ``prediction``.
         steps: Updates.
         minutes: Stop after this much training time.
@@ -66,7 +70,7 @@ class RecoveryConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = (LAYERS, PREDICTION, *LOSSES)
+        known = (LAYERS, PREDICTION, RECONSTRUCTION, *LOSSES)
         if self.loss not in known:
             raise ValueError(f"recovery with the loss {self.loss!r} is not known; there are {', '.join(known)}")
         if (self.labels is not None) != (self.loss == PREDICTION):
@@ -120,6 +124,7 @@ def recover(
     wrap: Wrap | None = None,
     write: Write = save_model,
     schedule: ScheduleConfig | None = None,
+    pruning: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainingResult:
     """Trains a cut model, or goes on with what ``output`` holds; the result is in ``output/model``.
@@ -133,6 +138,7 @@ def recover(
         wrap: What is done to the objective; None keeps the zeros of a pruned model.
         write: Writes the model to the folder ``model`` of every checkpoint, and at the end of the run.
         schedule: Learning rate over the steps, where it is not the usual one.
+        pruning: What ``wrap`` prunes, and when, as plain JSON values for ``run.json``; None where it prunes nothing.
         say: Where notes for the user go.
 
     Raises:
@@ -140,7 +146,7 @@ def recover(
     """
     data = DataConfig(batch_s=config.batch_s, crop_s=config.crop_s)
     settings: dict[str, Any] = {"name": "recovery", "training": _training(config, schedule), "data": data}
-    common: dict[str, Any] = {"wrap": wrap or keeping_zeros(model), "write": write, "say": say}
+    common: dict[str, Any] = {"wrap": wrap or keeping_zeros(model), "write": write, "pruning": pruning, "say": say}
     if config.loss == PREDICTION:
         head, labels = model.config.heads.get(HEAD), Corpus.open(corpus_folder).labels(str(config.labels))
         keep = getattr(head, "num_clusters", None) == labels.num_clusters
@@ -152,6 +158,11 @@ def recover(
             **settings,
         )
         return pretrain(recipe, corpus_folder, config.labels, output, start=model, keep_head=keep, **common)
+    if config.loss == RECONSTRUCTION:
+        check_reconstruction(model.config, RESTORING)
+        about = "masked reconstruction after compression"
+        recipe = PretrainRecipe(about=about, model=model.config, objective=RESTORING, **settings)
+        return pretrain(recipe, corpus_folder, None, output, start=model, **common)
     whole = teacher.model.config
     loss = layer_loss(model.config, whole) if config.loss == LAYERS else loss_for(config.loss, model.config, whole)
     distillation = DistilRecipe(

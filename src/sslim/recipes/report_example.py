@@ -1,30 +1,41 @@
-"""One utterance for the report: what went in, what was hidden, what the model said, and what was really spoken."""
+"""One utterance for the report of a run: what went in, what was hidden, what the model said, and what was really spoken.
+
+A run of pre-training is given one when it is over (:func:`add_example`), of the kind that its objective has, if any.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from sslim.batch import IGNORED_LABEL, Padded
+from sslim.batch import IGNORED_LABEL, Batch, Padded
+from sslim.checkpoints import load_model
+from sslim.config import read_json
 from sslim.data.alignment import frame_symbols, overhang_s
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore, align_labels
+from sslim.data.sources import split_role
 from sslim.models import SpeechModel
-from sslim.objectives import MaskedPrediction, MaskedPredictionConfig, span_mask
-from sslim.report import Example, save_example
+from sslim.models.encoding import corpus_inputs, reads_stored_features
+from sslim.objectives import MaskedPrediction, MaskedPredictionConfig, Reconstruction, ReconstructionConfig, span_mask
+from sslim.objectives.reconstruction import PreparedReconstruction, needs_waveforms
+from sslim.recipes.corpus_batches import utterance_seconds
+from sslim.recipes.pretrain import PretrainRecipe
+from sslim.report import Example, Restoration, save_example, save_restoration
 from sslim.report.example import NO_PHONE
 
 SHOWN_S = 4.0  # what fits on a page with its phones still readable
-HELD_OUT_SPLITS = ("dev", "valid", "validation", "test")
+SEEDS = 50  # tried until an example hides something: one draw of ten leaves every frame as it is
 
 
 def choose_utterance(corpus: Corpus) -> int:
     """Returns an utterance that was not trained on, where there is one, and that is long enough to fill the picture."""
     splits = corpus.column("split")
-    held_out = [i for i, split in enumerate(splits) if split in HELD_OUT_SPLITS] or list(range(len(corpus)))
-    duration_s = corpus.num_frames * corpus.base_frame_shift_s
+    held_out = [i for i, split in enumerate(splits) if split_role(split) in ("dev", "test")] or list(range(len(corpus)))
+    duration_s = utterance_seconds(corpus)
     return next((i for i in held_out if duration_s[i] >= SHOWN_S), max(held_out, key=lambda i: duration_s[i]))
 
 
@@ -79,8 +90,84 @@ def _stack_means(base_TF: np.ndarray, stack: int, num_frames: int) -> np.ndarray
     return sums / counts[:, None]
 
 
-def add_example(
-    run: Path, model: SpeechModel, objective: MaskedPredictionConfig, corpus: Corpus, labels: LabelStore, *, seed: int
-) -> None:
-    """Writes an example of a trained model into its run folder, for ``sslim report``."""
-    save_example(run, make_example(model, objective, corpus, labels, index=choose_utterance(corpus), seed=seed))
+@torch.no_grad()
+def make_restoration(
+    model: SpeechModel, objective: ReconstructionConfig, corpus: Corpus, *, index: int, seed: int
+) -> Restoration:
+    """Runs a model over one utterance, altered as in its training.
+
+    Args:
+        model: In eval mode, with the objective's head.
+        objective: How it was trained.
+        corpus: Where the utterance comes from.
+        index: Which utterance.
+        seed: Of what is altered: of this and the next few the first is taken that hides some of all there is to hide.
+    """
+    inputs = corpus_inputs(model, corpus, [index], waveforms=needs_waveforms(model.config, objective))
+    values = inputs.read(0)
+    batch = Batch(inputs=values[None], lengths=torch.tensor([len(values)]), ids=(corpus.utterance(index).id,))
+    running = Reconstruction(model, objective).eval()
+    prepared = next(
+        (drawn for i in range(SEEDS) if _hides(drawn := running.prepare(batch, _generator(seed + i)), objective)),
+        running.prepare(batch, _generator(seed)),
+    )
+    num_frames, stack = int(prepared.lengths_B[0]), running.stack
+    shift_s = model.frontend.frame_shift_s / stack if model.frontend is not None else corpus.base_frame_shift_s
+
+    def apart(frames_TF: torch.Tensor) -> np.ndarray:
+        """Stacked frames (T, stack * F) one after the other, as far as they are shown."""
+        return frames_TF[:num_frames].reshape(num_frames * stack, -1).numpy()[: round(SHOWN_S / shift_s)]
+
+    altered = prepared.inputs.values[0]
+    covered_T = prepared.time_BT[0] & objective.alteration.hides_something
+    return Restoration(
+        id=corpus.utterance(index).id,
+        frame_shift_s=shift_s,
+        original_TO=apart(prepared.target_BTO[0]),
+        altered_TF=apart(altered.reshape(len(prepared.target_BTO[0]), -1)),
+        restored_TO=apart(running.restore(prepared.inputs)[0].float()),
+        covered_T=apart(covered_T[:, None].expand(-1, stack))[:, 0],
+        channels_O=prepared.channels_BO[0].reshape(stack, -1)[0].numpy(),
+    )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _hides(prepared: PreparedReconstruction, objective: ReconstructionConfig) -> bool:
+    """Whether frames are zero, and channels where the objective has that."""
+    frames_BT = prepared.inputs.values.abs().sum(-1) == 0
+    some = bool(frames_BT[0, : int(prepared.lengths_B[0])].any()) or not objective.alteration.time_share
+    return some and (not objective.alteration.alters_channels or bool(prepared.channels_BO.any()))
+
+
+def _add_clusters(run: Path, recipe: PretrainRecipe, model: SpeechModel, corpus: Corpus) -> None:
+    assert isinstance(recipe.objective, MaskedPredictionConfig)
+    if not reads_stored_features(model, corpus):
+        return  # there is no spectrogram of a waveform model's own
+    labels = corpus.labels(read_json(run / "run.json")["labels"]["name"])
+    index, seed = choose_utterance(corpus), recipe.training.seed
+    save_example(run, make_example(model, recipe.objective, corpus, labels, index=index, seed=seed))
+
+
+def _add_restoration(run: Path, recipe: PretrainRecipe, model: SpeechModel, corpus: Corpus) -> None:
+    assert isinstance(recipe.objective, ReconstructionConfig)
+    index, seed = choose_utterance(corpus), recipe.training.seed
+    save_restoration(run, make_restoration(model, recipe.objective, corpus, index=index, seed=seed))
+
+
+EXAMPLES: dict[str, Any] = {"masked_prediction": _add_clusters, "reconstruction": _add_restoration}
+"""By the objective's kind; one that is missing has no example."""
+
+
+def add_example(run: Path, recipe: PretrainRecipe, corpus_folder: Path) -> None:
+    """Writes an example of a finished run into its folder, for ``sslim report``.
+
+    Args:
+        run: Its folder, with ``run.json`` and ``model/``.
+        recipe: What was trained.
+        corpus_folder: On what.
+    """
+    if recipe.objective.kind in EXAMPLES:
+        EXAMPLES[recipe.objective.kind](run, recipe, load_model(run / "model"), Corpus.open(corpus_folder))

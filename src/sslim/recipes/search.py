@@ -22,6 +22,7 @@ from rich.table import Table
 
 from sslim import __version__
 from sslim.checkpoints import load_model, save_model
+from sslim.checkpoints.model_files import model_path, tensors_digest
 from sslim.checkpoints.native import DESCRIPTION
 from sslim.compress.budgets import Budget, Costs, check_feasible
 from sslim.compress.pareto import spread
@@ -83,14 +84,19 @@ class SearchRecipe:
 
 @dataclass(kw_only=True)
 class _Outcome:
-    """What is written about a search."""
+    """What is written about a search.
+
+    Attributes:
+        result: What was found.
+        names: Of the subnets that are extracted.
+        measured_ms: Latency of whole nets.
+        slowness: Measured latency over predicted: the median, and the largest distance from it as a share.
+    """
 
     result: SearchResult
     names: dict[Subnet, str] = field(default_factory=dict)
     measured_ms: dict[Subnet, float] = field(default_factory=dict)
-    slowness: tuple[float, float] | None = (
-        None  # measured over predicted: the median, and the largest distance from it as a share
-    )
+    slowness: tuple[float, float] | None = None
 
 
 def run_search(
@@ -128,7 +134,7 @@ def run_search(
     corpus = Corpus.open(corpus_path)
     recipe = _as_trained(recipe, supernet_path, corpus, say)
     halves_of(corpus, recipe.fitness)  # refuses what is too little before anything is measured
-    supernet_path, teacher_path = _model_of(supernet_path), None if teacher_path is None else _model_of(teacher_path)
+    supernet_path, teacher_path = model_path(supernet_path), None if teacher_path is None else model_path(teacher_path)
     labels = None if labels_name is None else corpus.labels(label_set(corpus, labels_name))
     if labels is None and teacher_path is None:
         raise ValueError("a search needs a teacher, or labels for masked prediction")
@@ -138,8 +144,8 @@ def run_search(
         settings = {
             "kind": "search",
             "format_version": FORMAT_VERSION,
-            "supernet": _digest(supernet_path),
-            "teacher": _digest(teacher_path) if teacher is not None and teacher_path is not None else None,
+            "supernet": tensors_digest(supernet_path),
+            "teacher": tensors_digest(teacher_path) if teacher is not None and teacher_path is not None else None,
             "corpus": corpus.digest,
             "labels": None if labels is None else labels.digest,
             "latency": None if table is None else file_digest(output / LATENCY),
@@ -168,15 +174,6 @@ def _load_supernet(path: Path) -> tuple[SpeechModel, SearchSpace]:
     if supernet.config.search_space is None:
         raise ValueError(f"{path} is no supernet: it has no search space")
     return supernet, check_supernet(supernet.config)
-
-
-def _model_of(path: Path) -> Path:
-    """A run folder stands for the model it made."""
-    if not (path / "run.json").is_file():
-        return path
-    if not (path / "model").is_dir():
-        raise ValueError(f"the run in {path} is not finished: it has no model/ folder yet")
-    return path / "model"
 
 
 def _as_trained(recipe: SearchRecipe, supernet_path: Path, corpus: Corpus, say: Callable[[str], None]) -> SearchRecipe:
@@ -257,14 +254,6 @@ def _latency(recipe: SearchRecipe, config: ModelConfig, output: Path, say: Calla
 
 def _errors(median: float, largest: float) -> str:
     return f"median error {100 * median:.1f} %, largest {100 * largest:.1f} %"
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a model's tensors."""
-    if path.is_file():
-        return file_digest(path)
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    return " ".join(file_digest(file) for file in files)
 
 
 def _finish(

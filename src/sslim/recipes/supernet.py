@@ -17,6 +17,7 @@ from torch import nn
 
 from sslim import __version__
 from sslim.checkpoints import load_model, save_model
+from sslim.checkpoints.model_files import model_path
 from sslim.config import from_plain, nearest, override, read_json, to_plain
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
@@ -70,15 +71,12 @@ class SupernetRecipe:
 
 
 def load_whole(path: Path) -> SpeechModel:
-    """Loads a model, a supernet with all its parts; a run folder stands for the model it made.
+    """Loads a model, a supernet with all its parts; the folder of a run or of a compression stands for the model it made.
 
     Raises:
         ValueError: The run is not finished, or nothing readable is there.
     """
-    if (path / "run.json").exists():
-        if not (path / "model").exists():
-            raise ValueError(f"the run in {path} is not finished: it has no model/ folder yet")
-        path = path / "model"
+    path = model_path(path)
     try:
         return load_model(path, subnet="whole")
     except ValueError:  # no supernet, or not readable at all: then this says so
@@ -317,7 +315,7 @@ def read_recipe(name: str) -> SupernetRecipe:
         return RECIPES[name]()
     if not name.endswith(".json"):
         known = ", ".join(RECIPES)
-        raise ValueError(f"no recipe {name!r}{nearest(name, RECIPES)}; there are {known}, a JSON file, or a model folder")
+        raise ValueError(f"no recipe {name!r}{nearest(name, RECIPES)}; there are {known}, or a JSON file")
     values = read_json(name)
     return from_plain(SupernetRecipe, values.get("recipe", values) if isinstance(values, dict) else values, name)
 

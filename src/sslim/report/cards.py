@@ -11,7 +11,7 @@ from sslim.config import read_json
 from sslim.report import figures
 from sslim.report.markup import Markup, details, element, join, number, table
 
-MIXES = ("mix", "-", "None", "")
+MIXES = ("mix", "mean", "-", "None", "")
 MODEL = "model"  # the kind of a row that is no baseline
 
 

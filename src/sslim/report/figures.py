@@ -240,11 +240,16 @@ def example(shown: Example, *, name: str = "example") -> Markup:
 def _mark_masked(axes: Axes, shown: Example) -> None:
     if shown.mask_T is None:
         return
-    top = shown.features_TF.shape[1]
     for start, stop in _runs(shown.mask_T):
         axes.axvspan(start * shown.frame_shift_s, stop * shown.frame_shift_s, color=PAPER, alpha=0.55, linewidth=0)
-        x = [start * shown.frame_shift_s, stop * shown.frame_shift_s]
-        axes.plot(x, [top * 0.985] * 2, color=SERIES[1], linewidth=3, solid_capstyle="butt")
+    mark_stretches(axes, shown.mask_T, shown.frame_shift_s, height=shown.features_TF.shape[1] * 0.985)
+
+
+def mark_stretches(axes: Axes, flags_T: np.ndarray, frame_shift_s: float, *, height: float) -> None:
+    """Draws a bar over each stretch of True, also above the panel."""
+    for start, stop in _runs(flags_T):
+        x = [start * frame_shift_s, stop * frame_shift_s]
+        axes.plot(x, [height] * 2, color=SERIES[1], linewidth=3, solid_capstyle="butt", clip_on=False)
 
 
 def _phone_strip(axes: Axes, shown: Example) -> None:

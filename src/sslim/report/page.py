@@ -16,6 +16,7 @@ from sslim.report.corpora import corpus_section, is_corpus
 from sslim.report.fronts import front_section
 from sslim.report.markup import Markup, details, element, facts, join, number, page, table
 from sslim.report.profiles import profile_section
+from sslim.report.restoration import restoration_section
 from sslim.report.results import Results, results_in, save_pictures
 from sslim.report.runs import Run, flatten, is_finite, is_run, read_run
 from sslim.report.searches import is_search, search_section
@@ -177,6 +178,8 @@ def run_section(run: Run, *, name: str) -> Markup:
     parts += [_events(run)]
     if run.example is not None:
         parts += [element("h3", "One utterance"), _example(run, name)]
+    if run.restoration is not None:
+        parts += [element("h3", "One utterance"), restoration_section(run.restoration, name=f"{name}-restoration")]
     settings = flatten(run.config)
     if settings:
         shown = [[key, number(value)] for key, value in settings]

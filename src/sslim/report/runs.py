@@ -10,6 +10,7 @@ from typing import Any
 
 from sslim.config import read_json
 from sslim.report.example import Example, load_example
+from sslim.report.restoration import Restoration, load_restoration
 
 CONFIG, METRICS = "run.json", "metrics.jsonl"
 
@@ -23,7 +24,8 @@ class Run:
         config: The resolved configuration, plain JSON values; empty when it is not there.
         curves: (kind, metric) to {step: value}; kind is ``train`` or ``valid``.
         events: What is not a curve, in order: sentinels, skipped steps, resumptions.
-        example: An utterance to draw.
+        example: An utterance to draw, with its clusters.
+        restoration: An utterance to draw, before and after reconstruction.
     """
 
     path: Path
@@ -31,6 +33,7 @@ class Run:
     curves: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     events: tuple[dict[str, Any], ...] = ()
     example: Example | None = None
+    restoration: Restoration | None = None
 
     @property
     def last_step(self) -> int:
@@ -80,7 +83,8 @@ def read_run(path: Path) -> Run:
             if metric not in ("step", "kind", "time") and isinstance(value, int | float) and not isinstance(value, bool):
                 curves.setdefault((kind, metric), {})[row["step"]] = float(value)
     rising = {key: dict(sorted(points.items())) for key, points in curves.items()}
-    return Run(path=path, config=config, curves=rising, events=tuple(events), example=load_example(path))
+    shown = {"example": load_example(path), "restoration": load_restoration(path)}
+    return Run(path=path, config=config, curves=rising, events=tuple(events), **shown)  # type: ignore[arg-type]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -200,7 +200,7 @@ class LayerVectors:
                 f"the model has a frame every {1000 * self.frame_period_s:g} ms, so its layers cannot be clustered every "
                 f"{1000 * frame_period_s:g} ms"
             )
-        self.corpus, self.model, self.layer, self.dim = corpus, model, layer, model.config.encoder.dim
+        self.corpus, self.model, self.layer, self.dim = corpus, model, layer, model.config.encoder.layer_dims[layer]
         self._inputs = corpus_inputs(model, corpus, np.arange(len(corpus)))
         self._require_statistics(corpus)
         self.num_frames = num_model_frames(model, self._inputs)
@@ -232,7 +232,7 @@ class LayerVectors:
         vectors = []
         for x_TF in finished:
             own = [encoded.pop(0) for _ in self._pieces(x_TF)]
-            vectors.append(torch.cat(own) if own else torch.zeros(0, self.model.config.encoder.dim))
+            vectors.append(torch.cat(own) if own else torch.zeros(0, self.dim))
         return _checked(vectors, self.corpus, batch)
 
     def _finished(self, i: int) -> Tensor:

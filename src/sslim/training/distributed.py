@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_ELEMENTS = 8 * 2**20  # gradients that travel together: 32 MB of float32
+POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,3 +165,27 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
         yield processes
     finally:
         dist.destroy_process_group()
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Does something on the main process alone; the others wait, however long it takes, and get what it returned.
+
+    For what comes before, between and after trainings: choosing, cutting, timing, writing. The processes need not be joined for
+    it, so no time limit of a process group counts. All of them have to come here equally often.
+
+    Args:
+        work: Returns plain JSON values.
+
+    Raises:
+        Exception: What ``work`` raises, on the main process; ``torchrun`` then ends the others.
+    """
+    processes = Processes.of_environment()
+    if processes.world_size == 1:
+        return work()
+    store, rank, _ = next(dist.rendezvous("env://"))
+    key = f"sslim/main/{store.add(f'sslim/turns/{rank}', 1)}"
+    if processes.is_main:
+        store.set(key, json.dumps(work()))
+    while not store.check([key]):
+        time.sleep(POLL_S)
+    return json.loads(store.get(key))

@@ -68,8 +68,10 @@ class RunFolder:
         """Keeps other processes from training in this folder; the lock ends with the process, however it ends.
 
         Raises:
-            ValueError: Another process trains here.
+            ValueError: Another process trains here, or a file of that name exists.
         """
+        if self.path.is_file():
+            raise ValueError(f"{self.path} is a file; --output names a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as file:
             try:

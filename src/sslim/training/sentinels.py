@@ -87,5 +87,52 @@ def masked_prediction_sentinels(num_clusters: int, *, after_step: int = 500) -> 
     }
 
 
-SENTINELS: dict[str, Callable[..., dict[str, Sentinel]]] = {"masked_prediction": masked_prediction_sentinels}
+def restores_only_the_mean(records: Sequence[Record], *, after_step: int) -> str | None:
+    """A model that has learnt anything restores frames better than the mean frame of their utterance would."""
+    recent = _recent(records, ("altered_loss", "mean_frame_loss"), after_step)
+    if recent is None or any(loss < 0.98 * mean for loss, mean in zip(*recent, strict=True)):
+        return None
+    return (
+        f"after {records[-1]['step']} steps what was altered is restored no better (loss {recent[0][-1]:.3f}) than by the mean "
+        f"frame of each utterance ({recent[1][-1]:.3f}): try a lower learning rate or a longer warm-up"
+    )
+
+
+def reconstruction_sentinels(*, after_step: int = 500) -> dict[str, Sentinel]:
+    """Returns the sentinels for masked reconstruction.
+
+    Args:
+        after_step: Steps that a healthy run may need before it is judged.
+    """
+    return {"restores_only_the_mean": partial(restores_only_the_mean, after_step=after_step)}
+
+
+def predicts_like_a_guess(records: Sequence[Record], *, guesses: Sequence[str], after_step: int) -> str | None:
+    """A model that has learnt anything predicts frames better than a frame that is at hand."""
+    for name in guesses:
+        recent = _recent(records, ("predicted_loss", f"{name.replace(' ', '_')}_loss"), after_step)
+        if recent is not None and all(loss >= 0.98 * guess for loss, guess in zip(*recent, strict=True)):
+            return (
+                f"after {records[-1]['step']} steps frames are predicted no better (loss {recent[0][-1]:.3f}) than by the "
+                f"{name} ({recent[1][-1]:.3f}): try a lower learning rate or a longer warm-up"
+            )
+    return None
+
+
+def feature_prediction_sentinels(*guesses: str, after_step: int = 500) -> dict[str, Sentinel]:
+    """Returns the sentinels for prediction of features.
+
+    Args:
+        *guesses: What predictions are compared with, in words: ``mean frame``, ``same frame``.
+        after_step: Steps that a healthy run may need before it is judged.
+    """
+    return {"predicts_like_a_guess": partial(predicts_like_a_guess, guesses=guesses, after_step=after_step)}
+
+
+SENTINELS: dict[str, Callable[..., dict[str, Sentinel]]] = {
+    "masked_prediction": masked_prediction_sentinels,
+    "reconstruction": reconstruction_sentinels,
+    "autoregressive": partial(feature_prediction_sentinels, "mean frame", "same frame"),
+    "npc": partial(feature_prediction_sentinels, "mean frame"),
+}
 """By kind of objective."""

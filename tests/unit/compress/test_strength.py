@@ -84,9 +84,76 @@ def test_no_larger_model_is_within_a_size(name: str, share: float) -> None:
     assert found.config == rows(found.keep)
 
 
+def heads_and_units(keep: float, coarse: float | None = None) -> ModelConfig:
+    """A share of four heads, and of the feed-forward units."""
+    heads = max(1, round(4 * (coarse or keep)))
+    blocks = tuple(replace(block, num_heads=heads, feedforward_dim=max(1, round(100 * keep))) for block in WHOLE.encoder.blocks)
+    return replace(WHOLE, encoder=replace(WHOLE.encoder, blocks=blocks))
+
+
+@pytest.mark.parametrize("name", ["params", "macs"])
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97])
+def test_small_parts_fill_what_large_ones_leave_of_a_size(name: str, share: float) -> None:
+    def cost(config: ModelConfig) -> float:
+        return size_of(config, name, Conditions(seconds=2.0))
+
+    least = cost(heads_and_units(0.01))
+    budget = Budget(name=name, maximum=least + share * (cost(heads_and_units(1.0)) - least))
+    found = within_size(heads_and_units, budget, cost, least=0.01, say=quiet, coarse="coarse")
+    assert found.config == heads_and_units(found.keep, found.keep_coarse)
+    assert 0.98 * budget.maximum <= found.cost <= budget.maximum
+    one = within_size(heads_and_units, budget, cost, least=0.01, say=quiet)
+    assert one.cost <= found.cost
+    assert one.keep_coarse is None
+
+
+def test_one_share_of_all_parts_misses_a_size_that_shares_of_their_own_meet() -> None:
+    """The control, and what is said: the size is that of four heads and a few units less than go with them."""
+    said: list[str] = []
+
+    def cost(config: ModelConfig) -> float:
+        return size_of(config, "params", Conditions())
+
+    budget = Budget(name="params", maximum=cost(heads_and_units(0.85, 1.0)))
+    one = within_size(heads_and_units, budget, cost, least=0.01, say=quiet)
+    found = within_size(heads_and_units, budget, cost, least=0.01, say=said.append, coarse="coarse")
+    assert one.cost < 0.97 * budget.maximum
+    assert found.cost == budget.maximum
+    assert said == [f"keeping {found.keep:.4f} (coarse {found.keep_coarse:.4f}): {found.cost:,.0f} parameters"]
+    near = parse_budget(f"params={found.cost - 200:.0f}..{found.cost + 200:.0f}")
+    assert within_size(heads_and_units, near, cost, least=0.01, say=quiet, coarse="coarse").cost >= near.minimum
+    with pytest.raises(ValueError, match="give a wider range"):
+        within_size(heads_and_units, near, cost, least=0.01, say=quiet)
+
+
+def test_of_models_that_fill_a_size_the_more_even_one_is_taken() -> None:
+    """Just below the step to three heads: with two of them all units would be left, with three about as large a share."""
+
+    def cost(config: ModelConfig) -> float:
+        return size_of(config, "params", Conditions())
+
+    budget = Budget(name="params", maximum=cost(heads_and_units(0.62, 0.75)))
+    found = within_size(heads_and_units, budget, cost, least=0.01, say=quiet, coarse="coarse")
+    assert (found.config.encoder.blocks[0].num_heads, found.config.encoder.blocks[0].feedforward_dim) == (3, 62)
+
+
+def test_what_fits_whole_is_not_divided() -> None:
+    budget = parse_budget("params=1G")
+    found = within_size(heads_and_units, budget, lambda config: 5.0, least=0.1, say=quiet, coarse="coarse")
+    assert (found.keep, found.keep_coarse) == (1.0, None)
+    with pytest.raises(ValueError, match="more than the budget"):
+        within_size(heads_and_units, parse_budget("params=1"), lambda config: 5.0, least=0.1, say=quiet, coarse="coarse")
+
+
 def test_sizes_are_those_of_the_profile() -> None:
     assert size_of(WHOLE, "params", Conditions()) == count_parameters(WHOLE, with_heads=False)
     assert size_of(WHOLE, "macs", Conditions(seconds=3.0)) == count_macs(WHOLE, seconds=3.0).per_second
+
+
+def test_macs_of_a_second_need_a_front_end() -> None:
+    with pytest.raises(ValueError, match=r"this melhubert model has no front-end, .*: give a budget in params"):
+        size_of(replace(WHOLE, frontend=None), "macs", Conditions())
+    assert size_of(replace(WHOLE, frontend=None), "params", Conditions()) == size_of(WHOLE, "params", Conditions())
 
 
 def test_what_fits_already_stays_whole() -> None:

@@ -64,3 +64,12 @@ def test_any_share_is_known_beforehand() -> None:
     for keep in (0.1, 0.4, 0.8, 1.0):
         small = prune_width(whole, replace(settings, keep=keep))
         assert slice_model_config(whole.config, kept(keep)).encoder == small.config.encoder
+
+
+def test_heads_may_be_given_beside_the_units() -> None:
+    whole = model()
+    kept = width_kept(whole, WidthPruning(keep=1.0))
+    for keep, heads in ((0.3, 0.8), (0.8, 0.3)):
+        small = prune_width(whole, WidthPruning(keep=keep, keep_heads=heads))
+        assert slice_model_config(whole.config, kept(keep, heads)).encoder == small.config.encoder
+        assert slice_model_config(whole.config, kept(keep)).encoder != small.config.encoder

@@ -17,7 +17,7 @@ import torch
 from sslim.data.audio_sources import SourceOptions, folder_source
 from sslim.data.corpus import Corpus, CorpusError
 from sslim.data.corpus_writer import CorpusWriter, only_writer
-from sslim.data.feature_presets import FEATURES, MELHUBERT
+from sslim.data.feature_presets import MELHUBERT, feature_preset
 from sslim.data.prepare import MEASURED, TooManyBadError, prepare
 from sslim.data.sources import Segment, Source, SourceUtterance
 from sslim.frontends import build_frontend
@@ -68,10 +68,12 @@ def reference(recordings, tmp_path_factory) -> Path:
 # ---- what is stored ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["melhubert", "fbank80", "mfcc39", "spectrogram"])
+@pytest.mark.parametrize(
+    "name", ["melhubert", "fbank80", "mfcc39", "spectrogram", "linear1025", "mfcc39-librosa", "mfcc13-torch"]
+)
 def test_stored_features_are_the_front_end_s_output_in_float16(recordings, tmp_path, name):
-    corpus = prepare_folder(recordings, tmp_path / "c", frontend_config=FEATURES[name]).corpus
-    frontend = build_frontend(FEATURES[name])
+    corpus = prepare_folder(recordings, tmp_path / "c", frontend_config=feature_preset(name)).corpus
+    frontend = build_frontend(feature_preset(name))
     for i in (0, 5, 11):
         waveform_S = torch.from_numpy(soundfile.read(recordings / f"{i:03d}.flac", dtype="float32")[0])
         wanted_TF = frontend.base_features(waveform_S[None], torch.tensor([len(waveform_S)])).values[0].numpy()
@@ -88,7 +90,7 @@ def test_statistics_describe_what_the_front_end_normalises(recordings, tmp_path)
     from sslim.batch import Padded
     from sslim.frontends.context import append_deltas
 
-    config = FEATURES["mfcc39"]
+    config = feature_preset("mfcc39")
     corpus = prepare_folder(recordings, tmp_path / "c", frontend_config=config).corpus
     rows = []
     for i in range(len(corpus)):
@@ -154,7 +156,7 @@ def test_stored_features_of_a_source_are_taken_as_they_are(tmp_path):
     values = [np.random.default_rng(i).standard_normal((5 + i, 40)).astype(np.float32) for i in range(3)]
     utterances = [SourceUtterance(id=str(i), read_features=lambda v=v: v) for i, v in enumerate(values)]
     source = Source(name="s", utterances=utterances, num_utterances=3, frontend=MELHUBERT)
-    corpus = prepare(source, tmp_path / "c", FEATURES["fbank80"]).corpus
+    corpus = prepare(source, tmp_path / "c", feature_preset("fbank80")).corpus
     assert corpus.frontend_config == MELHUBERT
     np.testing.assert_array_equal(corpus.features(2), values[2].astype(np.float16))
     with pytest.raises(ValueError, match="features only"):

@@ -11,8 +11,9 @@ from sslim.checkpoints import save_model
 from sslim.cli import main
 from sslim.data.corpus import Corpus
 from sslim.models import PRESETS, build_model
-from sslim.probes import read_card
-from sslim.probes.features import log_mel_representation, model_representation, pooled_features, randomised
+from sslim.probes import read_card, read_tuned
+from sslim.probes.baselines import log_mel_representation
+from sslim.probes.features import model_representation, pooled_features, randomised
 from sslim.profiling import count_macs
 
 
@@ -65,11 +66,23 @@ def test_the_verb_writes_a_card(corpus, model, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["phones"], "has an alignment"),
-        (["label", "--layer", "x"], "accepted are 'mix', 'all' or a number"),
+        (["label", "--layer", "x"], "accepted are 'mix', 'all', 'last', 'mean' or a number"),
         (["label", "--seeds", "0"], "at least 1"),
         (["label", "--column", "colour"], "its columns are speaker, label, text, split"),
         (["label", "--column", "text"], "needs at least two classes and has none"),
         (["label", "--no-baselines"], "nothing to probe"),
+        (["label", "--classifier", "concat"], "the task label has no frames"),
+        (["label", "--steps", "5"], "--steps 5 is for --protocol s3prl-v0.1"),
+        (["label", "--hidden-dim", "5"], "--hidden-dim 5 is for --classifier mlp"),
+        (["label", "--save-model", "x"], "is for --fine-tune with one model, not 0"),
+        (["label", "--weighted-sum", "--layer", "1"], "--layer 1 asks for others"),
+        (["label", "--split", "random", "--split-lists", "x"], "'random' was asked for"),
+        (["label", "--split-lists", "nowhere"], "the list nowhere/train_split.txt cannot be read"),
+        (["label", "--protocol", "s3prl-v0.1", "--layer", "mix"], "never trained its weighted sum"),
+        (["label", "--protocol", "s3prl-v0.1", "--fine-tune"], "fine-tune without its protocol"),
+        (["label", "--fine-tune", "--folds", "speaker"], "needs a train, a dev and a test part"),
+        (["speaker-frames", "--column", "label"], "takes its classes from speakers"),
+        (["label", "--baseline-features", "mfc39"], "there are no features 'mfc39'"),
         (["speaker", "--folds", "speaker"], "cannot be learnt with speaker folds"),
     ],
 )
@@ -78,6 +91,28 @@ def test_mistakes_are_one_sentence(arguments, sentence, corpus, capsys):
     error = capsys.readouterr().err
     assert sentence in error.replace("\n", " ")
     assert "Traceback" not in error
+
+
+def test_fine_tuning_and_s3prl_from_the_command_line(corpus, model, tmp_path, capsys):
+    folder = model[1]
+    before = (folder / "model.safetensors").read_bytes()
+    common = ["--corpus", str(corpus), "--seeds", "1", "--no-baselines"]
+    card_path = tmp_path / "card.json"
+    arguments = ["probe", "label", str(folder), *common, "--fine-tune", "--epochs", "1", "--output", str(card_path)]
+    assert main([*arguments, "--save-model", str(tmp_path / "tuned")]) == 0
+    assert read_card(card_path)["rows"][0]["fine_tuned"]
+    assert read_tuned(tmp_path / "tuned").description.classes == ("high", "low")
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert main(["probe", "label", str(tmp_path / "tuned"), *common]) == 0  # a run folder like any other
+    capsys.readouterr()
+    published = ["probe", "label", str(folder), *common, "--protocol", "s3prl-v0.1", "--steps", "20"]
+    assert main([*published, "--baseline-features", "fbank80", "--output", str(card_path)]) == 0
+    card = read_card(card_path)
+    assert [row["name"] for row in card["rows"]] == ["fbank80", folder.parent.name]
+    assert card["rows"][1]["layer"] == "2"
+    assert card["config"]["pooling"] == "mean"
+    assert card["config"]["published"]["num_steps"] == 20
+    assert card["config"]["split"] | {"source": "cpc", "seed": 1337} == card["config"]["split"]
 
 
 def test_a_card_of_another_version_is_refused(tmp_path):

@@ -51,7 +51,7 @@ def export_huggingface(model: SpeechModel, folder: str | Path) -> None:
 
 def num_exported_parameters(config: ModelConfig) -> int:
     """Counts what the folder of a model holds: a block for every layer, and of the heads the mask embedding."""
-    encoder = config.encoder
+    encoder = config.transformer
     blocks = tuple(encoder.blocks[index] for index in encoder.depth_map)
     positions = encoder.positions
     if isinstance(positions, ConvPositionsConfig):
@@ -63,7 +63,7 @@ def num_exported_parameters(config: ModelConfig) -> int:
 
 def _inexpressible(config: ModelConfig) -> str | None:
     """Says what HubertModel has no words for, or None."""
-    return _inexpressible_ends(config) or _inexpressible_encoder(config) or _inexpressible_blocks(config.encoder)
+    return _inexpressible_ends(config) or _inexpressible_encoder(config) or _inexpressible_blocks(config.transformer)
 
 
 def _inexpressible_ends(config: ModelConfig) -> str | None:
@@ -81,13 +81,13 @@ def _inexpressible_ends(config: ModelConfig) -> str | None:
     if not config.projection.linear:
         return "it has no linear projection between front-end and encoder"
     mask = config.heads.get(MASK)
-    if mask is not None and getattr(mask, "dim", None) != config.encoder.dim:
+    if mask is not None and getattr(mask, "dim", None) != config.transformer.dim:
         return "its mask embedding is as wide as the features, not as the model"
     return None
 
 
 def _inexpressible_encoder(config: ModelConfig) -> str | None:
-    encoder, positions = config.encoder, config.encoder.positions
+    encoder, positions = config.transformer, config.transformer.positions
     norms = (encoder.norm_placement, encoder.input_norm, encoder.final_norm)
     if encoder.causal or getattr(positions, "causal", False):
         return "it is causal"
@@ -129,7 +129,7 @@ def _inexpressible_blocks(encoder: EncoderConfig) -> str | None:
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    encoder, frontend = config.encoder, config.frontend
+    encoder, frontend = config.transformer, config.frontend
     positions, first = encoder.positions, encoder.blocks[encoder.depth_map[0]]
     assert isinstance(frontend, ConvFrontendConfig)
     assert isinstance(positions, ConvPositionsConfig)
@@ -190,7 +190,7 @@ def _foreign_state(model: SpeechModel) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if name.startswith("encoder.blocks."):
             block, rest = name.removeprefix("encoder.blocks.").split(".", 1)
-            for depth, index in enumerate(config.encoder.depth_map):
+            for depth, index in enumerate(config.transformer.depth_map):
                 if index == int(block):
                     state[f"encoder.blocks.{depth}.{rest}"] = tensor
         elif not name.startswith("heads.") or name.startswith(f"heads.{MASK}."):
@@ -198,7 +198,7 @@ def _foreign_state(model: SpeechModel) -> dict[str, Tensor]:
     if "encoder.positions.weight" in state:
         gain, direction = split_weight_norm(state.pop("encoder.positions.weight"))
         state |= {"encoder.positions.gain": gain, "encoder.positions.direction": direction}
-    table = {native: foreign for foreign, native in names(final_norm=config.encoder.final_norm).items()}
+    table = {native: foreign for foreign, native in names(final_norm=config.transformer.final_norm).items()}
     foreign = {}
     for name, tensor in state.items():
         key = translate(name, table)

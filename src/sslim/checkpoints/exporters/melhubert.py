@@ -54,7 +54,7 @@ def melhubert_contents(model: SpeechModel) -> dict[str, Any]:
     config = model.config
     if reason := _inexpressible(config):
         raise ValueError(f"the MelHuBERT layout cannot express this model: {reason}")
-    num_heads = config.encoder.dim // config.encoder.blocks[0].head_dim
+    num_heads = config.transformer.dim // config.transformer.blocks[0].head_dim
     period_ms = FRAME_PERIODS_MS.get(config.projection.feature_dim)
     contents: dict[str, Any] = {
         "Optimizer": {},
@@ -62,7 +62,7 @@ def melhubert_contents(model: SpeechModel) -> dict[str, Any]:
         "Args": {"mode": "melhubert", "frame_period": period_ms},
         "Runner": {"runner": {}, "optimizer": {}, "datarc": {"sets": []}},
     }
-    pruned = {layer: b.num_heads for layer, b in enumerate(config.encoder.blocks) if b.num_heads < num_heads}
+    pruned = {layer: b.num_heads for layer, b in enumerate(config.transformer.blocks) if b.num_heads < num_heads}
     if pruned:  # only the counts matter to the reference: it removes them from a new model before it loads these tensors
         kept = _kept_heads(model, num_heads)
         all_heads = set(range(num_heads))
@@ -77,9 +77,10 @@ def melhubert_contents(model: SpeechModel) -> dict[str, Any]:
 
 def _inexpressible(config: ModelConfig) -> str | None:
     """Says what the layout has no words for, or None."""
-    if not config.encoder.blocks:
+    if not config.transformer.blocks:
         return "it has no layers"
-    return _inexpressible_ends(config) or _inexpressible_encoder(config.encoder) or _inexpressible_blocks(config.encoder)
+    encoder = config.transformer
+    return _inexpressible_ends(config) or _inexpressible_encoder(encoder) or _inexpressible_blocks(encoder)
 
 
 def _inexpressible_ends(config: ModelConfig) -> str | None:
@@ -88,7 +89,7 @@ def _inexpressible_ends(config: ModelConfig) -> str | None:
         return f"its weights are stored as {config.storage}: export the model before that"
     if projection.norm:
         return "it has a norm before the input projection"
-    if projection.linear == (width == config.encoder.dim):
+    if projection.linear == (width == config.transformer.dim):
         return f"its {width} features are as wide as the model, where the reference has no input projection"
     if config.frontend is not None:
         normalization = getattr(config.frontend, "normalization", None)
@@ -100,7 +101,7 @@ def _inexpressible_ends(config: ModelConfig) -> str | None:
         found = ", ".join(f"{name} ({head.kind})" for name, head in sorted(config.heads.items())) or "none"
         return f"it must have the head {HEAD!r} of kind 'clusters' and no other but {MASK!r}, it has {found}"
     embedding = _mask_width(config)
-    if embedding not in (None, width, config.encoder.dim):
+    if embedding not in (None, width, config.transformer.dim):
         return f"its mask embedding of width {embedding} fits neither features nor model"
     return None
 
@@ -150,7 +151,7 @@ def _inexpressible_blocks(encoder: EncoderConfig) -> str | None:
 
 def _kept_heads(model: SpeechModel, num_heads: int) -> list[list[int]]:
     """Original numbers of the remaining heads as the import noted them; the first ones where nobody knows."""
-    counts = [block.num_heads for block in model.config.encoder.blocks]
+    counts = [block.num_heads for block in model.config.transformer.blocks]
     for entry in reversed(model.provenance):
         kept = entry.get("kept_heads")
         if kept is not None and [len(heads) for heads in kept] == counts:
@@ -166,14 +167,14 @@ def _foreign_state(model: SpeechModel) -> dict[str, Tensor]:
         state |= {"encoder.positions.gain": gain, "encoder.positions.direction": direction}
     foreign = {}
     for name, tensor in state.items():
-        key = foreign_name(name, final_norm=model.config.encoder.final_norm)
+        key = foreign_name(name, final_norm=model.config.transformer.final_norm)
         assert key is not None, name
         foreign[key] = tensor.detach().cpu().float().clone(memory_format=torch.contiguous_format)
     return foreign
 
 
 def _settings(config: ModelConfig, num_heads: int) -> dict[str, Any]:
-    encoder, head = config.encoder, config.heads[HEAD]
+    encoder, head = config.transformer, config.heads[HEAD]
     positions = encoder.positions
     assert isinstance(positions, ConvPositionsConfig)
     assert isinstance(head, ClusterHeadConfig)

@@ -1,4 +1,4 @@
-"""Writes a Mockingjay, TERA or AALBERT checkpoint in S3PRL's later container (``Upstream_Config``).
+"""Writes a Mockingjay, TERA or AALBERT checkpoint in S3PRL's later container, an APC, VQ-APC or NPC in theirs.
 
 Plain types only: dictionaries, lists, strings, numbers and tensors, so ``torch.load(weights_only=True)`` reads it too. What the
 layout cannot say is refused with the reason. S3PRL's own later code no longer stacks frames: it cannot run a model with
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslim.checkpoints.exporters.predictive import predictive_contents
 from sslim.checkpoints.importers.s3prl import ACTIVATIONS, UPSTREAMS
 from sslim.checkpoints.importers.s3prl_frontends import audio_of
 from sslim.checkpoints.importers.s3prl_names import ALIASES, STATE_NORM, foreign_name
@@ -33,14 +34,14 @@ def export_s3prl(model: SpeechModel, path: str | Path) -> None:
     intermediate states, which only S3PRL's returned states go through, are ones and zeros, as training leaves them.
 
     Args:
-        model: A Mockingjay, TERA or AALBERT.
+        model: A Mockingjay, TERA or AALBERT; or an APC, VQ-APC or NPC, see ``sslim.checkpoints.exporters.predictive``.
         path: The file to write, usually ``*.ckpt``; an old one is replaced when the new one is complete.
 
     Raises:
         ValueError: The layout cannot express the model; the sentence says what.
     """
     path = Path(path)
-    contents = s3prl_contents(model)
+    contents = s3prl_contents(model) if isinstance(model.config.encoder, EncoderConfig) else predictive_contents(model)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -55,14 +56,14 @@ def export_s3prl(model: SpeechModel, path: str | Path) -> None:
 def s3prl_contents(model: SpeechModel) -> dict[str, Any]:
     """Returns the checkpoint's contents; see :func:`export_s3prl`."""
     config = model.config
-    if reason := _inexpressible_ends(config) or _inexpressible_encoder(config.encoder):
+    if reason := _inexpressible_ends(config) or _inexpressible_encoder(config.transformer):
         raise ValueError(f"S3PRL's layout cannot express this model: {reason}")
     weights: dict[str, dict[str, Tensor]] = {"Transformer": {}, "SpecHead": {}}
     for name, tensor in model.state_dict().items():
-        for key, other in _foreign_names(name, config.encoder):
+        for key, other in _foreign_names(name, config.transformer):
             weights[key][other] = tensor.detach().cpu().float().clone(memory_format=torch.contiguous_format)
-    if config.encoder.norm_placement == "pre":
-        weights["Transformer"] |= _state_norms(config.encoder)
+    if config.transformer.norm_placement == "pre":
+        weights["Transformer"] |= _state_norms(config.transformer)
     upstream: dict[str, Any] = {"transformer": _settings(config), "task": {"sequence_length": 0}}
     if config.chunking is not None:
         upstream["task"]["sequence_length"] = config.chunking.max_frames
@@ -140,9 +141,9 @@ def _inexpressible_ends(config: ModelConfig) -> str | None:
         found = ", ".join(f"{name} ({each.kind})" for name, each in sorted(config.heads.items()))
         return f"it may have the head {HEAD!r} of kind 'spectrogram' and no other, it has {found}"
     if isinstance(head, SpectrogramHeadConfig):
-        if head.hidden_dim != config.encoder.dim or head.output_dim % _stack(config):
+        if head.hidden_dim != config.transformer.dim or head.output_dim % _stack(config):
             return f"its head has {head.hidden_dim} hidden units and {head.output_dim} outputs, neither fit to the model's"
-        if (head.activation, head.layer_norm_eps) != (config.encoder.activation, config.encoder.layer_norm_eps):
+        if (head.activation, head.layer_norm_eps) != (config.transformer.activation, config.transformer.layer_norm_eps):
             return "its head has an activation or layer_norm_eps other than the encoder's"
     return None
 
@@ -175,7 +176,7 @@ def _inexpressible_encoder(encoder: EncoderConfig) -> str | None:
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    encoder = config.encoder
+    encoder = config.transformer
     return {
         "input_dim": -1 if config.frontend is not None else config.projection.feature_dim,
         "downsample_rate": _stack(config),

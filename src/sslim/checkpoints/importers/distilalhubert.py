@@ -53,7 +53,7 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
         projection_norm=True,
         heads={MASK: MaskEmbeddingConfig(dim=settings.count("encoder_embed_dim", 768))},
     )
-    config = replace(once, encoder=replace(once.encoder, depth_map=once.encoder.depth_map * repeats))
+    config = replace(once, encoder=replace(once.transformer, depth_map=once.transformer.depth_map * repeats))
     dropped = [name for name in LEFTOVERS if name in weights]
     notes = student_notes(contents) | ({"dropped": dropped} if dropped else {})
     if settings.boolean("normalize", False):
@@ -62,7 +62,7 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
     state = native_state(
         weights,
         source,
-        final_norm=config.encoder.final_norm,
+        final_norm=config.transformer.final_norm,
         what="a DistilALHuBERT",
         others={"mask_emb": f"heads.{MASK}.embedding"},
         dropped=dropped,

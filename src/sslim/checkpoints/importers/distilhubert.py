@@ -62,7 +62,7 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
     weights, heads = _output_layer(weights, settings, notes)
     config = student_config(weights, settings, family="distilhubert", normalize=False, projection_norm=False, heads=heads)
     notes["padding"] = padding_note(config.frontend)  # type: ignore[arg-type]
-    final_norm = config.encoder.final_norm
+    final_norm = config.transformer.final_norm
     state = native_state(weights, source, final_norm=final_norm, what="a DistilHuBERT", others=_OUTPUT)
     return Imported(config=config, state=state, notes=notes)
 

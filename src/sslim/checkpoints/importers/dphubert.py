@@ -68,13 +68,13 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
         )
     config = _describe(Settings(contents[SETTINGS], source), weights)
     dropped = _unused(weights, config, wavlm=REMAINING_HEADS in contents[SETTINGS])
-    table = huggingface.names(final_norm=config.encoder.final_norm) | _CLASSIC | _OWN | wavlm_names.NAMES
+    table = huggingface.names(final_norm=config.transformer.final_norm) | _CLASSIC | _OWN | wavlm_names.NAMES
     state = rename(weights, source, lambda name: translate(_short_name(name), table), what="a DPHuBERT", dropped=dropped)
     assert isinstance(config.frontend, ConvFrontendConfig)
     notes: dict[str, Any] = {"settings": plain(contents[SETTINGS]), "padding": padding_note(config.frontend)}
     if dropped:
         notes["dropped"] = dropped
-    heads, maps = _distillation(contents.get(MAPS), config.encoder.num_layers, source, notes)
+    heads, maps = _distillation(contents.get(MAPS), config.transformer.num_layers, source, notes)
     return Imported(config=replace(config, heads=heads), state=wavlm_names.flat_constants(state) | maps, notes=notes)
 
 
@@ -187,12 +187,12 @@ def _unused(weights: Mapping[str, Tensor], config: ModelConfig, *, wavlm: bool) 
     of a WavLM whose table went with its first layer's attention.
     """
     names = {"aux.weight", "aux.bias"}
-    for number, block in enumerate(config.encoder.blocks):
+    for number, block in enumerate(config.transformer.blocks):
         layer = f"encoder.transformer.layers.{number}"
         norms = {"layer_norm": block.num_heads, "final_layer_norm": block.feedforward_dim}
-        gone = [norm for norm, width in norms.items() if not width and config.encoder.norm_placement == "pre"]
+        gone = [norm for norm, width in norms.items() if not width and config.transformer.norm_placement == "pre"]
         names |= {f"{layer}.{norm}.{part}" for norm in gone for part in ("weight", "bias")}
-        if wavlm and config.encoder.relative_positions is None:
+        if wavlm and config.transformer.relative_positions is None:
             names |= {f"{layer}.attention.{gate}" for gate in _GATES}
     return sorted(names & weights.keys())
 

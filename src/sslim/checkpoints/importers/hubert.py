@@ -91,7 +91,7 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
     notes: dict[str, Any] = {"settings": {"model": plain(model), "task": plain(task)}}
     weights, model, task = _without_ctc(weights, model, task, notes, source)
     config, dropped = _describe(weights, Settings(model, source), Settings(task, source), symbols, notes)
-    pre_norm = config.encoder.final_norm
+    pre_norm = config.transformer.final_norm
     state = native_state(weights, source, final_norm=pre_norm, others=_OTHERS, dropped=dropped)
     return Imported(config=config, state=state, notes=notes)
 

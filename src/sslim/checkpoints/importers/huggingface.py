@@ -123,7 +123,7 @@ def convert_folder(folder: Path) -> Imported:
     notes["padding"] = padding_note(config.frontend)
     if dropped:
         notes["dropped"] = dropped
-    table = names(final_norm=config.encoder.final_norm) | _CLASSIC | (wavlm_names.NAMES if kind == "wavlm" else {})
+    table = names(final_norm=config.transformer.final_norm) | _CLASSIC | (wavlm_names.NAMES if kind == "wavlm" else {})
     state = rename(weights, source, lambda name: translate(name, table), what=f"a {kind} model")
     return Imported(config=config, state=wavlm_names.flat_constants(state), notes=notes)
 

@@ -81,7 +81,7 @@ def convert(contents: Mapping[str, Any], source: str) -> Imported:
         f"{_PREDICTION}{NUM_LAYERS - 1}.weight": f"heads.{HEAD}.linear.weight",
     }
     state = native_state(
-        weights, source, final_norm=config.encoder.final_norm, what="a LightHuBERT", others=others, dropped=dropped
+        weights, source, final_norm=config.transformer.final_norm, what="a LightHuBERT", others=others, dropped=dropped
     )
     return Imported(config=config, state=state, notes=notes, undecided_subnet=undecided)
 

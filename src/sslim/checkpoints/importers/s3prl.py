@@ -236,7 +236,9 @@ def _describe(
     return ModelConfig(
         family="reconstruction",
         frontend=frontend,
-        projection=ProjectionConfig(feature_dim=width // inside, stack=inside),
+        projection=ProjectionConfig(
+            feature_dim=width // inside, stack=inside, init_deviation=settings.number("initializer_range", 0.02)
+        ),
         encoder=_encoder(state, num_layers, shared, dim, settings),
         heads=heads,
         chunking=_chunking(container, settings, stack, notes),
