@@ -124,6 +124,9 @@ def mockingjay(*, frontend: SpectralFrontendConfig | None = None, **sizes: Any) 
 
     The default is the base model, 21,388,800 parameters and 715,168 of its head; 12 layers over 3 stacked frames are the large
     one, 85,425,408 and 961,248.
+
+    S3PRL v0.1 trained on librosa's features (``feature_preset("fbank160-librosa")``, 10 ms), and probably its oldest models
+    on ``mel160-librosa`` (12.5 ms): both 160 wide, so a model of either is made with ``frontend``.
     """
     return reconstruction_model("mockingjay", frontend or filterbank_frontend(deltas=1), **sizes)
 

@@ -260,6 +260,7 @@ def run_protocol(
     config: ClassifierConfig,
     seed: int,
     published: PublishedConfig | None = None,
+    are_features: bool = False,
     tell: Tell = lambda line: None,
 ) -> Outcome:
     """Chooses and fits on train and dev, then scores each test part once."""
@@ -271,7 +272,8 @@ def run_protocol(
         train, dev, test = (stored.examples(part, layers) for part in (division.train, division.dev, division.test))
         tests = [test]
         if published is not None:
-            fitted = [fit_published(train, dev, config=published, hidden_dim=config.hidden_dim, tell=tell, **options)]
+            options |= {"hidden_dim": config.hidden_dim, "standardise": are_features, "tell": tell}
+            fitted = [fit_published(train, dev, config=published, **options)]
         else:
             fitted = [fit(train, dev, config=config, **options)]
     if not all(len(part) for part in tests):
@@ -384,6 +386,7 @@ def _frozen_rows(entry: Entry, plan: _Plan) -> tuple[list[dict[str, Any]], float
                 config=plan.classifier,
                 seed=seed,
                 published=config.published,
+                are_features=representation.kind == "features",
                 tell=lambda line: plan.tell(f"{entry.name}: {line}"),
             )
             outcomes.setdefault(name, []).append(outcome)
@@ -398,9 +401,14 @@ def _tuned_rows(entry: Entry, plan: _Plan, keep: Keep | None) -> tuple[list[dict
     assert isinstance(plan.division, Parts)
     outcomes: list[Outcome] = []
     best: FineTuned | None = None
+    stored: Stored | None = None
     for seed in range(config.num_seeds):
         model = entry.model(seed)
-        representation = entry.represent(seed)
+        if stored is None or entry.by_seed:
+            representation = entry.represent(seed)
+            stored = store(with_layers(representation, config.layer), plan.corpus, plan.task, config)
+        train, dev = (stored.examples(part, slice(None)) for part in (plan.division.train, plan.division.dev))
+        frozen = fit(train, dev, num_classes=len(plan.task.classes), config=plan.classifier, seed=seed)
         targets = model_targets(
             model,
             plan.corpus,
@@ -412,12 +420,10 @@ def _tuned_rows(entry: Entry, plan: _Plan, keep: Keep | None) -> tuple[list[dict
         )
         tuned = fine_tune(
             model,
-            plan.corpus,
-            plan.task,
             plan.division,
             targets,
+            start=frozen.classifier,
             config=config.fine_tuning,
-            hidden_dim=config.hidden_dim,
             seed=seed,
             bf16=config.bf16,
             tell=lambda line: plan.tell(f"{entry.name}: {line}"),
@@ -431,10 +437,8 @@ def _tuned_rows(entry: Entry, plan: _Plan, keep: Keep | None) -> tuple[list[dict
         keep(entry.source, best)
     (layer,) = row_layers(representation.num_layers, config.layer)
     row = build_row(entry.source, replace(representation, name=f"{entry.name}, fine-tuned"), layer, outcomes)
-    known_N = (targets.y_N >= 0).numpy()
-    empty_1N0 = torch.zeros(1, len(known_N), 0)
-    classes = Stored(x_LNP=empty_1N0, y_N=targets.y_N, offsets=targets.offsets.numpy(), known_N=known_N)
-    return [row | {"fine_tuned": True}], chance(classes, plan.division)
+    assert stored is not None
+    return [row | {"fine_tuned": True}], chance(stored, plan.division)
 
 
 def _usable(task: Task, representations: Sequence[Representation], config: ProbeConfig) -> tuple[Task, int]:

@@ -3,10 +3,16 @@
 The model is copied, so that the one that was given stays as it is. It and the classifier have learning rates of their own
 (S3PRL v0.1 gave both 4e-3, twenty times the rate of pre-training), a warm-up and a linear decay. Everything is chosen on dev:
 the epoch, and the model's rate where several are tried. Padding enters neither loss nor accuracy.
+
+Training starts from the classifier that was fitted on the frozen layers, and what that reaches on dev is the mark to beat: a
+classifier drawn at random would pull the layers about before it knows anything (Kumar et al., "Fine-tuning can distort
+pretrained features and underperform out-of-distribution", arXiv 2202.10054). Digits after three epochs: 97.7 % from a random
+one, where the frozen layers give 99.0 %.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,23 +28,19 @@ from sslim.frontends import ConvFrontend
 from sslim.models.encoding import Inputs, corpus_inputs, length_batches, num_model_frames, pad_batch
 from sslim.models.speech import SpeechModel, restore_statistics
 from sslim.models.storage import require_float
-from sslim.probes.classifiers import Examples, ProbeClassifier, neighbours, standardisation
+from sslim.probes.classifiers import ProbeClassifier, neighbours
 from sslim.probes.features import (
-    choose_utterances,
-    frame_features,
     model_frame_length_s,
     model_representation,
-    pooled_features,
     stacked,
 )
-from sslim.probes.layers import pick_layers, with_layers
+from sslim.probes.layers import pick_layers
 from sslim.probes.protocol import Parts
 from sslim.probes.tasks import Task
 from sslim.training.engine import TrainingError
 from sslim.training.schedules import ScheduleConfig, learning_rate_factor
 from sslim.training.seeds import derive_seed, seed_device
 
-STATISTICS_FRAMES = 20_000  # of training utterances that the classifier's standardisation is measured on
 LENGTH_JITTER = (
     0.25  # lengths are lengthened by up to so much before batches are made, so that batches differ from epoch to epoch
 )
@@ -88,7 +90,7 @@ class FineTuned:
     Attributes:
         model: Changed for the task, without heads.
         classifier: What takes its layers.
-        learning_rate: Of the model, as dev chose it.
+        learning_rate: Of the model, as dev chose it; 0 where no epoch was better than the frozen model.
         epoch: Likewise.
         dev_accuracy: Reached there.
         test_accuracy: Scored once, afterwards.
@@ -254,11 +256,11 @@ def bare_copy(model: SpeechModel) -> SpeechModel:
     require_float(model)
     if model.config.search_space is not None:
         raise ValueError("a supernet cannot be fine-tuned: extract a subnet with `sslim compress extract` and tune that")
-    copy = SpeechModel(replace(model.config, heads={}), model.provenance).to(next(model.parameters()).device)
+    twin = SpeechModel(replace(model.config, heads={}), model.provenance).to(next(model.parameters()).device)
     state = {name: t.detach().clone() for name, t in model.state_dict().items() if not name.startswith("heads.")}
-    restore_statistics(copy, state)
-    copy.load_state_dict(state, strict=True, assign=True)
-    return copy.requires_grad_(True)
+    restore_statistics(twin, state)
+    twin.load_state_dict(state, strict=True, assign=True)
+    return twin.requires_grad_(True)
 
 
 def model_targets(
@@ -300,22 +302,6 @@ def model_targets(
     )
 
 
-def _measured_standardisation(
-    model: SpeechModel, corpus: Corpus, task: Task, targets: Targets, train: np.ndarray, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Mean and inverse standard deviation (L, P) of the untouched model's training examples."""
-    representation = with_layers(model_representation(model, corpus, "the model"), targets.layer)
-    if targets.pooling is not None:
-        x_LNP = pooled_features(representation, corpus, task.indices[train], targets.pooling)
-        offsets = np.arange(len(train) + 1)
-    else:
-        chosen = train[choose_utterances(targets.num_frames[train], STATISTICS_FRAMES, seed)]
-        x_LNP, offsets = frame_features(representation, corpus, task.indices[chosen])
-    rows = torch.arange(x_LNP.shape[1])
-    context, bounds = targets.context, torch.from_numpy(offsets)
-    return standardisation(Examples(x_LNP=x_LNP, y_N=torch.zeros(len(rows)), rows=rows, offsets=bounds, context=context))
-
-
 def training_batches(inputs: Inputs, part: np.ndarray, batch_s: float, generator: torch.Generator) -> list[list[int]]:
     """Returns every position of ``part`` once, utterances of about the same length together, batches in random order.
 
@@ -332,18 +318,19 @@ def training_batches(inputs: Inputs, part: np.ndarray, batch_s: float, generator
 
 
 @torch.inference_mode()
-def _score(tuned: TunedModel, targets: Targets, part: np.ndarray, batch_s: float) -> float:
-    """Accuracy over the frames or utterances of ``part`` that have a class."""
+def _score(tuned: TunedModel, targets: Targets, part: np.ndarray, batch_s: float) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy over the frames or utterances of ``part`` that have a class."""
     tuned.eval()
-    right = count = 0
+    right, count, loss = 0, 0, 0.0
     for batch in length_batches(targets.inputs.lengths[part], batch_s / targets.inputs.unit_s):
         positions = part[batch].tolist()
         logits_NV, y_N = known_logits(tuned, targets, positions)
         right += int((logits_NV.argmax(-1) == y_N).sum())
+        loss += float(cross_entropy(logits_NV.float(), y_N, reduction="sum"))
         count += len(y_N)
     if not count:
         raise ValueError("a part of the split has no frame or utterance with a class, so it cannot be scored")
-    return right / count
+    return right / count, loss / count
 
 
 def _optimizer(tuned: TunedModel, rate: float, config: FineTuningConfig) -> torch.optim.Optimizer:
@@ -402,35 +389,35 @@ def _best_epoch(
     tell: Callable[[str], None],
 ) -> tuple[TunedModel, float, int, float]:
     """Trains at each learning rate; returns model and classifier at their best on dev, its rate, its epoch, its accuracy."""
-    best, kept = -1.0, None
-    devices = [p.device for p in itertools.islice(begin().parameters(), 1) if p.device.type == "cuda"]
+    tuned = begin()
+    frozen, loss = _score(tuned, targets, division.dev, config.batch_s)
+    tell(f"frozen: {100 * frozen:.1f} % on dev")
+    best, kept = (frozen, -loss), (0.0, 0, {name: tensor.detach().clone() for name, tensor in tuned.state_dict().items()})
+    devices = [p.device for p in itertools.islice(tuned.parameters(), 1) if p.device.type == "cuda"]
     with torch.random.fork_rng(devices=devices):  # dropout draws from the global generators
         for rate in config.learning_rates:
-            tuned, path_best, stale = begin(), -1.0, 0
+            tuned, path_best, stale = begin(), frozen, 0
             for epoch in _epochs(tuned, targets, division.train, rate, config, seed, bf16):
-                accuracy = _score(tuned, targets, division.dev, config.batch_s)
+                accuracy, loss = _score(tuned, targets, division.dev, config.batch_s)
                 tell(f"learning rate {rate:g}, epoch {epoch}: {100 * accuracy:.1f} % on dev")
-                if accuracy > best:
+                if (accuracy, -loss) > best:
                     state = {name: tensor.detach().clone() for name, tensor in tuned.state_dict().items()}
-                    best, kept = accuracy, (rate, epoch, state)
+                    best, kept = (accuracy, -loss), (rate, epoch, state)
                 stale = 0 if accuracy > path_best else stale + 1
                 path_best = max(path_best, accuracy)
                 if stale >= config.patience:
                     break
-    assert kept is not None
     tuned.load_state_dict(kept[2])
-    return tuned, kept[0], kept[1], best
+    return tuned, kept[0], kept[1], best[0]
 
 
 def fine_tune(
     model: SpeechModel,
-    corpus: Corpus,
-    task: Task,
     division: Parts,
     targets: Targets,
     *,
+    start: ProbeClassifier,
     config: FineTuningConfig,
-    hidden_dim: int | None,
     seed: int,
     bf16: bool = False,
     tell: Callable[[str], None] = lambda line: None,
@@ -439,13 +426,11 @@ def fine_tune(
 
     Args:
         model: Left as it is.
-        corpus: Where utterances come from.
-        task: What they are.
-        division: Their parts.
+        division: Parts of the utterances.
         targets: From :func:`model_targets`.
+        start: Classifier of the frozen layers, which is copied.
         config: Settings.
-        hidden_dim: Width of the classifier's hidden layer; None for a linear one.
-        seed: Of the classifier, the order of batches and dropout.
+        seed: Of the order of batches and of dropout.
         bf16: Whether to train under bf16 autocast.
         tell: Called with a line for each epoch.
 
@@ -456,11 +441,10 @@ def fine_tune(
     for name in ("train", "dev", "test"):
         if not len(getattr(division, name)):
             raise ValueError(f"there are no {name} examples: the split leaves that part empty")
-    mean_LP, scale_LP = _measured_standardisation(model.eval(), corpus, task, targets, division.train, seed)
+    model.eval()
 
     def begin() -> TunedModel:
-        classifier = ProbeClassifier(mean_LP.clone(), scale_LP.clone(), len(task.classes), hidden_dim)
-        classifier.initialize(torch.Generator().manual_seed(seed)).to(next(model.parameters()).device)
+        classifier = copy.deepcopy(start).to(next(model.parameters()).device).requires_grad_(True)
         return TunedModel(bare_copy(model), classifier, train_frontend=config.train_frontend)
 
     tuned, rate, epoch, accuracy = _best_epoch(begin, targets, division, config, seed, bf16, tell)
@@ -470,6 +454,6 @@ def fine_tune(
         learning_rate=rate,
         epoch=epoch,
         dev_accuracy=accuracy,
-        test_accuracy=_score(tuned, targets, division.test, config.batch_s),
+        test_accuracy=_score(tuned, targets, division.test, config.batch_s)[0],
         seed=seed,
     )

@@ -4,6 +4,7 @@ Reproduced: raw features, no standardisation; the last layer, or the mean of the
 asked for (the weights were never trained); heads as torch draws them; six utterances a step, sorted by length into batches that
 come in random order, halved above 3,000 frames; Adam at a constant 4e-3, gradients clipped to a norm of 1; 500,000 steps;
 labels laid on frames in their order, the longer of the two cut; CPC's 41 phones or the Montreal aligner's at their own clocks.
+Rows of plain features are standardised by the training part, which stands in for the normalisation they were stored with there.
 
 Not reproduced: frames of padding that counted as right and wrong answers and entered means of utterances, real frames that
 vanished where their sum was zero, utterances lost with the last batch, the checkpoint that was best on the test part (here dev
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslim.probes.classifiers import Examples, ProbeClassifier, score
+from sslim.probes.classifiers import Examples, ProbeClassifier, score, standardisation
 from sslim.probes.features import Representation
 from sslim.probes.layers import repeated
 from sslim.probes.selection import Fitted, check_parts
@@ -33,8 +34,8 @@ PERIOD_TOLERANCE = 0.01
 EDGE_S = 1e-6
 
 REPRODUCED = (
-    "S3PRL v0.1: raw features, Adam at a constant 4e-3, batches of 6 utterances, gradient norm at most 1, labels laid on "
-    "frames in their order and the longer of the two cut, mean of layers in place of a weighted sum"
+    "S3PRL v0.1: models' layers as they are, Adam at a constant 4e-3, batches of 6 utterances, gradient norm at most 1, labels "
+    "laid on frames in their order and the longer of the two cut, mean of layers in place of a weighted sum"
 )
 NOT_REPRODUCED = (
     "padding in loss, accuracy and means; frames dropped for a zero sum; utterances lost with the last batch; the best step "
@@ -162,10 +163,13 @@ def utterance_batches(num_examples: list[int], config: PublishedConfig, generato
     return batches
 
 
-def new_classifier(train: Examples, num_classes: int, hidden_dim: int | None, generator: torch.Generator) -> ProbeClassifier:
-    """Returns a classifier of raw features, its linear maps drawn as torch draws them."""
+def new_classifier(
+    train: Examples, num_classes: int, hidden_dim: int | None, generator: torch.Generator, *, standardise: bool = False
+) -> ProbeClassifier:
+    """Returns a classifier, its linear maps drawn as torch draws them; of raw features, unless ``standardise``."""
     shape = (len(train.x_LNP), train.width)
-    classifier = ProbeClassifier(torch.zeros(shape), torch.ones(shape), num_classes, hidden_dim)
+    mean_LP, scale_LP = standardisation(train) if standardise else (torch.zeros(shape), torch.ones(shape))
+    classifier = ProbeClassifier(mean_LP, scale_LP, num_classes, hidden_dim)
     for linear in (classifier.hidden, classifier.output):
         if linear is not None:
             bound = linear.in_features**-0.5
@@ -191,6 +195,7 @@ def fit_published(
     config: PublishedConfig,
     hidden_dim: int | None,
     seed: int,
+    standardise: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Fitted:
     """Trains for the published number of steps and keeps the step that is best on ``dev``: by accuracy, the first of equals.
@@ -202,6 +207,7 @@ def fit_published(
         config: The settings.
         hidden_dim: Width of a hidden layer; None for a linear classifier.
         seed: Of the initial weights and the order of batches.
+        standardise: Whether channels are standardised by the training examples first.
         tell: Called with a line at each look at dev.
 
     Raises:
@@ -209,7 +215,7 @@ def fit_published(
     """
     check_parts(training=train, dev=dev)
     generator = torch.Generator().manual_seed(seed)
-    classifier = new_classifier(train, num_classes, hidden_dim, generator)
+    classifier = new_classifier(train, num_classes, hidden_dim, generator, standardise=standardise)
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     best, kept = -1.0, (0, classifier.state_dict())

@@ -274,6 +274,19 @@ def _origin(recipe: DistilRecipe, description: dict[str, Any], steps: int) -> di
     }
 
 
+def _saver(
+    model: SpeechModel, write: Callable[[SpeechModel, Path], None], origin: Callable[[], dict[str, Any]]
+) -> Callable[[Path], None]:
+    """Returns what writes the student to a folder, with where it comes from now as the end of its provenance."""
+    before = list(model.provenance)
+
+    def save(folder: Path) -> None:
+        model.provenance = [*before, origin()]
+        write(model, folder)
+
+    return save
+
+
 def distil(
     recipe: DistilRecipe,
     teacher: NamedTeacher,
@@ -319,18 +332,12 @@ def distil(
         description = _resolved(recipe, corpus, teacher, labels, model, student_name, cache_teacher)
         description |= {} if pruning is None else {PRUNING: dict(pruning)}
         sources = _with_cache(batches, objective, corpus, cache_teacher, recipe, processes, say)
-        before = list(model.provenance)
-
-        def save(folder: Path) -> None:
-            model.provenance = [*before, _origin(recipe, description, trainer.state.step)]
-            write(model, folder)
-
         trainer = Trainer(
             wrap(objective),
             sources.pop("train"),
             recipe.training,
             output,
-            save_model=save,
+            save_model=_saver(model, write, lambda: _origin(recipe, description, trainer.state.step)),
             validation=sources.pop("valid", None),
             description=description,
             may_change=MAY_CHANGE,

@@ -94,7 +94,7 @@ class ToneCorpus:
 
 @pytest.fixture(scope="session")
 def spoken():
-    return FeatureCorpus()
+    return FeatureCorpus(num_utterances=90)
 
 
 @pytest.fixture(scope="session")

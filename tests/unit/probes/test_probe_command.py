@@ -9,9 +9,10 @@ import torch
 
 from sslim.checkpoints import save_model
 from sslim.cli import main
+from sslim.config import from_plain, to_plain
 from sslim.data.corpus import Corpus
 from sslim.models import PRESETS, build_model
-from sslim.probes import read_card, read_tuned
+from sslim.probes import FineTuningConfig, ProbeConfig, read_card, read_tuned
 from sslim.probes.baselines import log_mel_representation
 from sslim.probes.features import model_representation, pooled_features, randomised
 from sslim.profiling import count_macs
@@ -113,6 +114,18 @@ def test_fine_tuning_and_s3prl_from_the_command_line(corpus, model, tmp_path, ca
     assert card["config"]["pooling"] == "mean"
     assert card["config"]["published"]["num_steps"] == 20
     assert card["config"]["split"] | {"source": "cpc", "seed": 1337} == card["config"]["split"]
+
+
+def test_the_description_of_an_ordinary_probe_is_what_it_was():
+    """What was added since is left out of a card while it is not used."""
+    names = "task column pooling layer hidden_dim split num_seeds max_frames shuffle_labels baselines batch_s bf16"
+    plain = to_plain(ProbeConfig(task="label"))
+    assert set(plain) == set(names.split())
+    assert set(plain["split"]) == {"source", "folds", "num_folds", "speaker_disjoint", "seed"}
+    assert from_plain(ProbeConfig, plain) == ProbeConfig(task="label")
+    used = ProbeConfig(task="phones", context=4, baseline_features=("fbank80",), fine_tuning=FineTuningConfig(max_epochs=3))
+    assert from_plain(ProbeConfig, to_plain(used)) == used
+    assert from_plain(ProbeConfig, to_plain(used)) != ProbeConfig(task="phones", context=4)
 
 
 def test_a_card_of_another_version_is_refused(tmp_path):

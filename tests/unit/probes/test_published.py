@@ -127,6 +127,16 @@ def test_training_equals_plain_torch_on_padded_batches(hidden_dim):
     assert fitted.chosen == {"step": 5}
 
 
+def test_rows_of_features_are_standardised():
+    train = rows_of((9, 4, 7))
+    loud = Examples(x_LNP=1000 + 50 * train.x_LNP, y_N=train.y_N, rows=train.rows, offsets=train.offsets)
+    options = {"num_classes": 4, "config": PublishedConfig(num_steps=5, dev_steps=5), "hidden_dim": None, "seed": 1}
+    one, other = (fit_published(part, part, standardise=True, **options).classifier for part in (train, loud))
+    torch.testing.assert_close(one.output.weight, other.output.weight, rtol=0, atol=1e-3)
+    raw = fit_published(loud, loud, **options).classifier
+    assert (raw.output.weight - one.output.weight).abs().max() > 5e-3  # control
+
+
 def test_dev_chooses_the_step():
     """Dev labels that only an early classifier gets right: the first look is kept, although training goes on."""
     train, dev = rows_of((9, 4, 7, 2, 5, 3, 8)), rows_of((30,), seed=1, unknown=False)
