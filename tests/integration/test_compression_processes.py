@@ -75,7 +75,7 @@ def torchrun(folder: Path, *arguments: object) -> tuple[subprocess.CompletedProc
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,  # on a busy machine
         check=False,
     )
     return result, [Path(f"{noted}-{rank}").read_text().splitlines() for rank in range(2)]
