@@ -78,7 +78,7 @@ def draw_heads(figure: Figure, heads: Sequence[Head], *, title: str) -> None:
     panels = figure.subplots(2, 2).ravel()
     patches = [Patch(color=METRIC_COLOURS[metric], label=name) for metric, name in CATEGORIES.items()]
     figure.legend(handles=patches, loc="outside lower right", ncols=3)
-    for axes, metric in zip(panels, METRICS, strict=False):
+    for axes, metric in zip(panels[: len(METRICS)], METRICS, strict=True):
         table = head_table(heads, lambda i, metric=metric: getattr(heads[i], metric))  # type: ignore[misc]
         grid(figure, axes, table, title=ABOUT[metric], form="{:.3f}" if metric == DIAGONALITY else "{:.2f}")
         _name_axes(axes)
@@ -201,7 +201,7 @@ def draw_relations(figure: Figure, result: PhoneRelations, *, title: str) -> Non
     """
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     panels = figure.subplots(2, 3).ravel()
-    for axes, relation in zip(panels, RELATIONS, strict=False):
+    for axes, relation in zip(panels[: len(RELATIONS)], RELATIONS, strict=True):
         chance = result.uniform[relation]
         table = head_table(result.heads, lambda i, r=relation, u=chance: _log2(result.heads[i].relations[r], u))  # type: ignore[misc]
         limits = (-MAX_LOG2, MAX_LOG2)
@@ -239,7 +239,7 @@ def draw_phone_maps(figure: Figure, result: PhoneRelations, *, title: str) -> No
     image: Any = None
     for axes in panels[len(order) :]:
         axes.set_visible(False)
-    for axes, i in zip(panels, order, strict=False):
+    for axes, i in zip(panels[: len(order)], order, strict=True):
         head = result.heads[i]
         shown = np.clip(np.nan_to_num(result.log_ratio(i), neginf=-MAX_LOG2), -MAX_LOG2, MAX_LOG2)
         shown = np.where(result.uniform_CC > 0, shown, np.nan)

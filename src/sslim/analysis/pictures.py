@@ -98,7 +98,7 @@ def draw_ablation(figure: Figure, curves: Sequence[AblationCurve], *, title: str
         x = random[0].removed
         axes.fill_between(x, values.min(0), values.max(0), color=GREY, alpha=0.2, linewidth=0)
         axes.plot(x, values.mean(0), color=GREY, linestyle=(0, (4, 2)), label=f"random (mean and range of {len(random)})")
-    markers = dict(zip(METRIC_COLOURS, MARKERS, strict=False))
+    markers = dict(zip(METRIC_COLOURS, MARKERS[: len(METRIC_COLOURS)], strict=True))
     for curve in curves:
         if curve not in random:
             style: Any = {"color": METRIC_COLOURS[curve.order], "marker": markers[curve.order]}

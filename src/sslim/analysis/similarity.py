@@ -82,7 +82,7 @@ class LayerMoments:
         self.num_frames += len(models[0])
         for total, frames in zip(self._sums, models, strict=True):
             total += frames.double().sum(0)
-        parts = [frames.split(widths, dim=1) for frames, widths in zip(models, self.widths, strict=False)]
+        parts = [frames.split(widths, dim=1) for frames, widths in zip(models, self.widths[: len(models)], strict=True)]
         for key in self._pairs():
             product = parts[key[0]][key[1]].T @ parts[key[2]][key[3]]
             if key not in self._products:

@@ -223,16 +223,15 @@ class CorpusWriter:
         """Writes ``index.safetensors`` from the committed rows and returns the counts and digests for ``corpus.json``."""
         import torch
 
-        from sslim.storage import save_tensors
+        from sslim.storage import atomic_file, save_tensors
 
         rows = np.fromfile(self.folder / PARTIAL_INDEX, dtype="<i8").reshape(-1, len(PARTIAL_COLUMNS))
         columns = dict(zip(PARTIAL_COLUMNS, rows.T, strict=True))
         columns["offset"] = np.concatenate([[0], np.cumsum(columns.pop("manifest_bytes"))])
         path = self.folder / layout.INDEX
-        temporary = path.with_name(f".{path.name}.tmp")
         tensors = {name: torch.from_numpy(columns[name].astype(kind)) for name, kind in INDEX_TYPES.items()}
-        save_tensors(temporary, tensors)
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            save_tensors(temporary, tensors)
         return {
             "num_utterances": len(rows),
             "num_frames": int(columns["num_frames"].sum()),

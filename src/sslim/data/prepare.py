@@ -32,7 +32,7 @@ from sslim.data.speaker_means import SpeakerMeans, check_speakers, measure_speak
 from sslim.data.store import SHARD_BYTES, OverflowingFeaturesError, to_float16
 from sslim.frontends import RunningStatistics, SpectralFrontend, build_frontend
 from sslim.frontends.config import SpectralFrontendConfig, StoredFeaturesConfig
-from sslim.storage import save_tensors, sync
+from sslim.storage import atomic_file, save_tensors
 
 __all__ = ["SOURCES", "Outcome", "TooManyBadError", "detect_source", "finished", "load_source", "merge_sources", "prepare"]
 
@@ -447,10 +447,8 @@ def _write_statistics(writer: CorpusWriter, source: Source, frontend: SpectralFr
             raise ValueError(f"the statistics {name} are for {np.size(published_mean)} features, {source.name} has {dim}")
         mean_F, std_F = (torch.as_tensor(np.asarray(values, dtype=np.float32)) for values in (published_mean, published_std))
     path = writer.folder / layout.STATISTICS
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_tensors(temporary, {"mean": mean_F, "std": std_F, "count": torch.tensor(measured.count)})
-    sync(temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        save_tensors(temporary, {"mean": mean_F, "std": std_F, "count": torch.tensor(measured.count)})
     return name
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from sslim.export.kaldi_folders import SCP, FeatureUtterance, speakers_are_in_or
 from sslim.models.encoding import DEFAULT_BATCH_S, encode_utterances
 from sslim.models.speech import SpeechModel
 from sslim.models.streaming import StreamingEncoder, stream_utterances
-from sslim.storage import save_tensors, sync, write_json, write_text_atomically
+from sslim.storage import atomic_file, save_tensors, write_json, write_text_atomically
 
 FORMAT_VERSIONS = {"safetensors": 1, "npz": 1, "ark": 2}  # ark: a data directory for each layer since 2
 SETTINGS, INDEX, QUARANTINE, STAGING = "settings.json", "index.json", "quarantine.jsonl", ".staging"
@@ -136,13 +135,8 @@ FORMATS: dict[str, FileFormat] = {
 
 def _write_whole(path: Path, tensors: dict[str, Tensor], write: Callable[[Path, dict[str, Tensor]], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(path) as temporary:
         write(temporary, tensors)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def extract(

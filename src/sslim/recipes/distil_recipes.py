@@ -25,6 +25,7 @@ from sslim.objectives.masking import MaskingConfig
 from sslim.objectives.teacher_init import TeacherInitConfig
 from sslim.recipes.corpus_batches import DataConfig
 from sslim.recipes.distil_losses import DistilObjective, LayerChoice, distil_alhubert, loss_for
+from sslim.recipes.small_runs import MINI_DATA, mini_training
 from sslim.training import OptimizerConfig, ScheduleConfig, TrainerConfig
 
 
@@ -152,16 +153,8 @@ def _mini(name: str, about: str, num_layers: int, repeats: int, init: tuple[int,
             masking=MaskingConfig(probability=0.4, span_length=5),  # the teacher sees all: better in minutes (LOG.md)
         ),
         init=TeacherInitConfig(layers=init),
-        training=TrainerConfig(
-            total_steps=2_000,
-            optimizer=OptimizerConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01),
-            schedule=ScheduleConfig(kind="linear", warmup_share=0.07),
-            max_grad_norm=5.0,
-            log_every=20,
-            validate_every=200,
-            save_every=500,
-        ),
-        data=DataConfig(batch_s=30.0, crop_s=10.0),
+        training=mini_training(2_000, warmup_share=0.07),
+        data=MINI_DATA,
     )
 
 

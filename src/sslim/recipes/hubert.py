@@ -15,6 +15,7 @@ from sslim.models.hubert import hubert, narrow_conv_layers
 from sslim.objectives import MaskedPredictionConfig, MaskingConfig
 from sslim.recipes.corpus_batches import DataConfig
 from sslim.recipes.pretrain import PretrainRecipe, TargetsConfig
+from sslim.recipes.small_runs import MINI_DATA, TINY_DATA, mini_training, tiny_training
 from sslim.training import OptimizerConfig, ScheduleConfig, TrainerConfig
 
 
@@ -96,16 +97,8 @@ def hubert_mini() -> PretrainRecipe:
             gradient_scale=1.0,
             **_NO_DROPOUT,  # type: ignore[arg-type]
         ),
-        TrainerConfig(
-            total_steps=4_000,
-            optimizer=OptimizerConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01),
-            schedule=ScheduleConfig(kind="linear", warmup_share=0.08),
-            max_grad_norm=5.0,
-            log_every=20,
-            validate_every=200,
-            save_every=500,
-        ),
-        DataConfig(batch_s=30.0, crop_s=10.0),
+        mini_training(),
+        MINI_DATA,
         layer=3,
     )
 
@@ -128,15 +121,8 @@ def hubert_tiny() -> PretrainRecipe:
             gradient_scale=1.0,
             **_NO_DROPOUT,  # type: ignore[arg-type]
         ),
-        TrainerConfig(
-            total_steps=60,
-            optimizer=OptimizerConfig(kind="adamw", lr=3e-3),
-            schedule=ScheduleConfig(kind="linear", warmup_share=0.1),
-            log_every=10,
-            validate_every=30,
-            save_every=30,
-        ),
-        DataConfig(batch_s=20.0, crop_s=5.0),
+        tiny_training(),
+        TINY_DATA,
         layer=1,
     )
 

@@ -9,6 +9,7 @@ from sslim.models.melhubert import melhubert
 from sslim.objectives import MaskedPredictionConfig, MaskingConfig
 from sslim.recipes.corpus_batches import DataConfig
 from sslim.recipes.pretrain import PretrainRecipe
+from sslim.recipes.small_runs import MINI_DATA, TINY_DATA, mini_training, tiny_training
 from sslim.training import OptimizerConfig, ScheduleConfig, TrainerConfig
 
 
@@ -95,16 +96,8 @@ def melhubert_mini() -> PretrainRecipe:
             "conv_kernel_size": 32,
             "conv_groups": 8,
         },
-        TrainerConfig(
-            total_steps=4_000,
-            optimizer=OptimizerConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01),
-            schedule=ScheduleConfig(kind="linear", warmup_share=0.08),
-            max_grad_norm=5.0,
-            log_every=20,
-            validate_every=200,
-            save_every=500,
-        ),
-        DataConfig(batch_s=30.0, crop_s=10.0),
+        mini_training(),
+        MINI_DATA,
     )
 
 
@@ -114,15 +107,8 @@ def melhubert_tiny() -> PretrainRecipe:
         "melhubert-tiny",
         "own; a smoke test of seconds",
         {"num_layers": 2, "dim": 32, "num_heads": 4, "feedforward_dim": 64, "conv_kernel_size": 16, "conv_groups": 4},
-        TrainerConfig(
-            total_steps=60,
-            optimizer=OptimizerConfig(kind="adamw", lr=3e-3),
-            schedule=ScheduleConfig(kind="linear", warmup_share=0.1),
-            log_every=10,
-            validate_every=30,
-            save_every=30,
-        ),
-        DataConfig(batch_s=20.0, crop_s=5.0),
+        tiny_training(),
+        TINY_DATA,
     )
 
 

@@ -33,6 +33,7 @@ from sslim.objectives.once_for_all import OnceForAll, OnceForAllConfig
 from sslim.objectives.teacher import TargetConfig
 from sslim.recipes.corpus_batches import DataConfig, make_batches, split_utterances
 from sslim.recipes.pretrain import label_set
+from sslim.recipes.small_runs import MINI_DATA, mini_training
 from sslim.training import OptimizerConfig, ScheduleConfig, Trainer, TrainerConfig, TrainingResult, join_processes
 from sslim.training.protocols import BatchSource
 
@@ -254,16 +255,8 @@ def supernet_mini() -> SupernetRecipe:
             head_bias=False,
         ),
         prediction=MaskedPredictionConfig(masking=MaskingConfig(probability=0.7, span_length=5), unmasked_weight=0.5),
-        training=TrainerConfig(
-            total_steps=2_000,
-            optimizer=OptimizerConfig(kind="adamw", lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01),
-            schedule=ScheduleConfig(kind="linear", warmup_share=0.08),
-            max_grad_norm=5.0,
-            log_every=20,
-            validate_every=200,
-            save_every=500,
-        ),
-        data=DataConfig(batch_s=30.0, crop_s=10.0),
+        training=mini_training(2_000, lr=5e-4),
+        data=MINI_DATA,
     )
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslim.storage import load_tensors, save_tensors, sync
+from sslim.storage import atomic_file, load_tensors, save_tensors
 
 CHUNK_FRAMES = 8192  # frames whose distances are held at once: 16 MB for 500 clusters
 START_FRAMES_PER_CLUSTER = 30
@@ -109,11 +108,8 @@ class KMeansState:
         tensors = {name: getattr(self, name) for name in self.TENSORS}
         tensors["numbers"] = torch.tensor([int(getattr(self, name)) for name in self.NUMBERS])
         tensors["inertia"] = torch.tensor([*self.history, self.inertia], dtype=torch.float64)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_tensors(temporary, tensors)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with atomic_file(path) as temporary:
+            save_tensors(temporary, tensors)
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> KMeansState:

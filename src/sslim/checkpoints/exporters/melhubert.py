@@ -7,7 +7,6 @@ takes them from a file of its own.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from sslim.models.storage import INT8
 from sslim.nn.encoder import EncoderConfig, LinearRanks
 from sslim.nn.heads import ClusterHeadConfig, MaskEmbeddingConfig
 from sslim.nn.positions import ConvPositionsConfig, split_weight_norm
+from sslim.storage import atomic_file
 
 CROP_S = 15  # seconds of the reference's training crops, what its sequence_length stands for
 
@@ -38,15 +38,8 @@ def export_melhubert(model: SpeechModel, path: str | Path) -> None:
     """
     path = Path(path)
     contents = melhubert_contents(model)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:  # a path would name the archive inside
+        torch.save(contents, file)
 
 
 def melhubert_contents(model: SpeechModel) -> dict[str, Any]:

@@ -7,7 +7,6 @@ layout cannot say is refused with the reason. S3PRL's own later code no longer s
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from sslim.models.storage import INT8
 from sslim.nn.encoder import EncoderConfig, LinearRanks
 from sslim.nn.heads import SpectrogramHeadConfig
 from sslim.nn.positions import SinusoidPositionsConfig
+from sslim.storage import atomic_file
 
 
 def export_s3prl(model: SpeechModel, path: str | Path) -> None:
@@ -42,15 +42,8 @@ def export_s3prl(model: SpeechModel, path: str | Path) -> None:
     """
     path = Path(path)
     contents = s3prl_contents(model) if isinstance(model.config.encoder, EncoderConfig) else predictive_contents(model)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:  # a path would name the archive inside
+        torch.save(contents, file)
 
 
 def s3prl_contents(model: SpeechModel) -> dict[str, Any]:
