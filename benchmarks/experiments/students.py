@@ -1,9 +1,9 @@
-"""Teacher, students and baselines of one size on real speech, in one probe table: two hours on one CPU core.
+"""Teacher, students and baselines of one size on real speech, in one probe table: three hours on one CPU core.
 
 A small MelHuBERT is pre-trained on two corpora, on clusters of MFCC. Three students of about a million parameters learn from it
 (two plain layers; two layers run twice; the best subnet of a supernet, trained on for as long), each beside the same net
-pre-trained from scratch for the same time on the teacher's own targets. All are probed on digits of speakers that the probe
-never heard.
+pre-trained from scratch for the same time on the teacher's own targets, all with several seeds. All are probed on digits of
+speakers that the probe never heard.
 
 Every step is a command of ``sslim`` and is printed; interrupted runs go on. How many steps fit into a run's minutes is found
 out by a trial of half a minute, so that the learning rate has fallen to zero when the time is over. Usage, from the project's
@@ -22,6 +22,7 @@ from timed_runs import minutes_of, sslim, train
 
 SEEDS, LABELS = "3", "mfcc100"
 SEARCH = ("--generations", "20", "--utterances", "200")
+HIDDEN = ("--set", 'objective.masking={"probability":0.4,"span_length":5}')  # as in the recipes of the other two students
 
 
 def write_scratch_recipe(path: Path, model_folder: Path) -> None:
@@ -45,23 +46,35 @@ def train_teacher(root: Path, speech: Path, digits: Path, minutes: float) -> Non
     train("pretrain", "melhubert-mini", corpus, "--labels", LABELS, output=root / "teacher", minutes=minutes)
 
 
-def train_students(root: Path, minutes: float, supernet_minutes: float) -> None:
-    """Distils two students and a supernet, trains a subnet of its on, and trains all three nets from scratch."""
-    teacher, corpus = root / "teacher", root / "speech"
-    for name, recipe in {"plain": "distil-plain-mini", "shared": "distil-shared-mini"}.items():
-        train("compress", "distil", recipe, teacher, corpus, output=root / name, minutes=minutes)
-    supernet = root / "supernet"
-    settings = ("supernet-mini", teacher, corpus, "--stage", "2")
-    train("compress", "supernet", *settings, output=supernet, minutes=supernet_minutes)
-    search, budget = root / "search", ("--budget", "params=0.95M..1.05M", "--extract", "1")
-    sslim("compress", "search", supernet, teacher, corpus, "--output", search, *budget, *SEARCH, done=search / "front-1")
-    last = json.loads((search / "front-1" / "model.json").read_text())["config"]["encoder"]["depth_map"]
-    further = ("--loss", "distil-alhubert", "--layers", f"{len(last)}:4", "--learning-rate", "1e-3", "--batch-s", "30")
-    train("compress", "distil", search / "front-1", teacher, corpus, *further, output=root / "subnet", minutes=minutes)
-    for name in ("plain", "shared", "subnet"):
-        recipe_file, scratch = root / f"scratch-{name}.json", root / f"scratch-{name}"
-        write_scratch_recipe(recipe_file, root / name / "model")
-        train("pretrain", recipe_file, corpus, "--labels", LABELS, output=scratch, minutes=minutes_of(root / name))
+def train_supernet(root: Path, minutes: float) -> tuple[str, ...]:
+    """Trains a supernet on the teacher, takes its best subnet of a million parameters, and returns how that is trained on."""
+    supernet, search, budget = root / "supernet", root / "search", ("--budget", "params=0.95M..1.05M", "--extract", "1")
+    settings = ("supernet-mini", root / "teacher", root / "speech", "--stage", "2")
+    train("compress", "supernet", *settings, output=supernet, minutes=minutes)
+    common = (supernet, root / "teacher", root / "speech", "--output", search)
+    sslim("compress", "search", *common, *budget, *SEARCH, done=search / "front-1")
+    depths = json.loads((search / "front-1" / "model.json").read_text())["config"]["encoder"]["depth_map"]
+    return ("--loss", "distil-alhubert", "--layers", f"{len(depths)}:4", "--learning-rate", "1e-3", "--batch-s", "30", *HIDDEN)
+
+
+def train_students(root: Path, minutes: float, supernet_minutes: float, trainings: int) -> list[Path]:
+    """Distils two students and the best subnet of a supernet, and trains all three nets from scratch, each several times."""
+    teacher, corpus, made = root / "teacher", root / "speech", []
+    further = train_supernet(root, supernet_minutes)
+    students = {
+        "plain": ("distil-plain-mini",),
+        "shared": ("distil-shared-mini",),
+        "subnet": (root / "search" / "front-1", *further),
+    }
+    for seed in range(trainings):
+        for name, (student, *settings) in students.items():
+            run, scratch, recipe = root / f"{name}-{seed}", root / f"scratch-{name}-{seed}", root / f"scratch-{name}.json"
+            same = ("--seed", str(seed))
+            train("compress", "distil", student, teacher, corpus, *settings, *same, output=run, minutes=minutes)
+            write_scratch_recipe(recipe, run / "model")
+            train("pretrain", recipe, corpus, "--labels", LABELS, *same, output=scratch, minutes=minutes_of(run))
+            made += [run, scratch]
+    return made
 
 
 def main() -> None:
@@ -72,16 +85,16 @@ def main() -> None:
     parser.add_argument("--teacher-minutes", type=float, default=20.0)
     parser.add_argument("--minutes", type=float, default=6.0, help="of each student")
     parser.add_argument("--supernet-minutes", type=float, default=15.0)
+    parser.add_argument("--trainings", type=int, default=2, help="of each student and of each net from scratch")
     options = parser.parse_args()
     root: Path = options.output
     root.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     train_teacher(root, options.speech, options.digits, options.teacher_minutes)
-    train_students(root, options.minutes, options.supernet_minutes)
-    names = ("teacher", "plain", "shared", "search/front-1", "subnet", "scratch-plain", "scratch-shared", "scratch-subnet")
+    students = train_students(root, options.minutes, options.supernet_minutes, options.trainings)
     probe, digits = ("--folds", "speaker", "--seeds", SEEDS, "--output"), ("--corpus", root / "digits")
     card = root / "students.json"
-    sslim("probe", "label", *(root / name for name in names), *digits, *probe, card, done=card)
+    sslim("probe", "label", root / "teacher", root / "search" / "front-1", *students, *digits, *probe, card, done=card)
     front, card = root / "front", root / "front.json"
     latency = ("--algorithm", "pareto", "--front", "latency_ms", "--extract", "6", "--threads", "1")
     sslim(

@@ -11,9 +11,7 @@ in turn and their sum before it is quantised (9 of 4 blocks). ``layers[0]`` are 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from sslim.frontends import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig, build_frontend
+from sslim.frontends import FilterbankConfig, SpectralFrontendConfig, build_frontend
 from sslim.models.melhubert import melhubert_frontend
 from sslim.models.reconstruction import UTTERANCE
 from sslim.models.speech import ModelConfig, ProjectionConfig
@@ -136,31 +134,19 @@ def npc(
     return predictive_model("npc", frontend, encoder, NPC_HEAD)
 
 
-def small_frontend(kind: str) -> SpectralFrontendConfig:
-    """MelHuBERT's 40 channels stacked to 20 ms, as the small models of other families have them.
-
-    Args:
-        kind: Normalisation: ``global`` for models that see the past only, ``utterance`` for others.
-    """
-    frontend = melhubert_frontend(20)
-    if kind == "global":
-        return frontend
-    return replace(frontend, normalization=NormalizationConfig(kind="utterance", eps=1e-3))
-
-
 PRESETS = {
     "apc": lambda: apc(),
     "vq-apc": lambda: apc(codes=APC_CODES),
     "npc": lambda: npc(),
-    "apc-mini": lambda: apc(frontend=small_frontend("global"), dims=(352, 352, 352)),
-    "apc-tiny": lambda: apc(frontend=small_frontend("global"), dims=(32, 32)),
+    "apc-mini": lambda: apc(frontend=melhubert_frontend(20), dims=(352, 352, 352)),
+    "apc-tiny": lambda: apc(frontend=melhubert_frontend(20), dims=(32, 32)),
     "vq-apc-tiny": lambda: apc(
-        frontend=small_frontend("global"),
+        frontend=melhubert_frontend(20),
         dims=(32, 32),
         codes=QuantizerConfig(num_codes=(16,), code_dims=(32,), temperature=0.5),
     ),
     "npc-tiny": lambda: npc(
-        frontend=small_frontend("utterance"),
+        frontend=melhubert_frontend(20),
         dim=32,
         num_blocks=2,
         kernel=11,

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sslim.config import from_plain, nearest, read_json
-from sslim.frontends import NormalizationConfig, SpectralFrontendConfig
 from sslim.models import PRESETS, ModelConfig
 from sslim.models.distilhubert import distilalhubert, distilhubert
 from sslim.models.hubert import hubert
@@ -134,10 +133,8 @@ def _mini(name: str, about: str, num_layers: int, repeats: int, init: tuple[int,
         num_layers=4, dim=192, num_heads=3, feedforward_dim=768, conv_kernel_size=32, conv_groups=8, dropout=0.0
     )
     blocks, depths = teacher.transformer.blocks[:num_layers], tuple(range(num_layers)) * repeats
-    assert isinstance(teacher.frontend, SpectralFrontendConfig)
     student = replace(
         teacher,
-        frontend=replace(teacher.frontend, normalization=NormalizationConfig(kind="utterance", eps=1e-3)),
         encoder=replace(teacher.transformer, blocks=blocks, depth_map=depths),
         heads={},
     )

@@ -14,10 +14,8 @@ differs from it:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from sslim.frontends import NormalizationConfig, SpectralFrontendConfig
 from sslim.models import ModelConfig
 from sslim.models.melhubert import melhubert_frontend
 from sslim.models.reconstruction import aalbert, mockingjay, tera
@@ -169,11 +167,6 @@ def aalbert_6l() -> PretrainRecipe:
     return _aalbert(6, 360, 500_000)
 
 
-def _small_frontend() -> SpectralFrontendConfig:
-    """``melhubert-mini``'s features, so that all small models train from one prepared corpus; not yet stacked."""
-    return replace(melhubert_frontend(10), normalization=NormalizationConfig(kind="utterance", eps=1e-3))
-
-
 _MINI: dict[str, Any] = {
     "num_layers": 4,
     "dim": 192,
@@ -187,7 +180,7 @@ _TIME: dict[str, Any] = {"time_share": 0.15, "span_min": 4, "span_max": 4}  # 80
 
 
 def _mini(name: str, about: str, model: ModelConfig, alteration: AlterationConfig) -> PretrainRecipe:
-    """Batches, length and optimiser of ``melhubert-mini``."""
+    """Features (not yet stacked), batches, length and optimiser of ``melhubert-mini``: one prepared corpus serves all."""
     return PretrainRecipe(
         name=name,
         about=about,
@@ -203,7 +196,7 @@ def mockingjay_mini() -> PretrainRecipe:
     return _mini(
         "mockingjay-mini",
         "own; 20 ms, 4 layers of width 192, 1.9 million parameters; 7 minutes on one CPU core in bf16",
-        mockingjay(frontend=_small_frontend(), **_MINI),
+        mockingjay(frontend=melhubert_frontend(10), **_MINI),
         AlterationConfig(**_TIME),
     )
 
@@ -213,7 +206,7 @@ def tera_mini() -> PretrainRecipe:
     return _mini(
         "tera-mini",
         "own; 20 ms, 4 layers of width 192, 1.9 million parameters; 7 minutes on one CPU core in bf16",
-        tera(frontend=_small_frontend(), **_MINI),
+        tera(frontend=melhubert_frontend(10), **_MINI),
         AlterationConfig(**_TIME, max_channel_share=0.2, noise_probability=0.15),
     )
 
@@ -223,7 +216,7 @@ def aalbert_mini() -> PretrainRecipe:
     return _mini(
         "aalbert-mini",
         "own; 20 ms, one layer of width 384 applied 4 times, 1.8 million parameters; 14 minutes on one CPU core in bf16",
-        aalbert(frontend=_small_frontend(), **{**_MINI, "dim": 384, "num_heads": 6, "feedforward_dim": 1536}),
+        aalbert(frontend=melhubert_frontend(10), **{**_MINI, "dim": 384, "num_heads": 6, "feedforward_dim": 1536}),
         AlterationConfig(**_TIME),
     )
 
@@ -234,7 +227,7 @@ def tera_tiny() -> PretrainRecipe:
     return PretrainRecipe(
         name="tera-tiny",
         about="own; a smoke test of seconds",
-        model=tera(frontend=_small_frontend(), **sizes),
+        model=tera(frontend=melhubert_frontend(10), **sizes),
         objective=ReconstructionConfig(alteration=AlterationConfig(**_TIME, max_channel_share=0.2, noise_probability=0.15)),
         training=tiny_training(),
         data=TINY_DATA,

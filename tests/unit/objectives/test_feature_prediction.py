@@ -9,8 +9,8 @@ from sslim.batch import Batch
 from sslim.frontends import SpectralFrontendConfig
 from sslim.models import ModelConfig, build_model
 from sslim.models.hubert import hubert, narrow_conv_layers
-from sslim.models.melhubert import melhubert
-from sslim.models.predictive import apc, npc, small_frontend
+from sslim.models.melhubert import melhubert, melhubert_frontend
+from sslim.models.predictive import apc, npc
 from sslim.nn.heads import RegressionHeadConfig, SpectrogramHeadConfig
 from sslim.nn.quantizer import QuantizerConfig
 from sslim.objectives import Autoregressive, AutoregressiveConfig, Npc, NpcConfig
@@ -92,7 +92,7 @@ def test_npc_estimates_every_frame_from_others():
 
 
 def test_a_stack_that_the_utterance_does_not_fill_is_no_target():
-    config = apc(frontend=small_frontend("global"), dims=(16,))
+    config = apc(frontend=melhubert_frontend(20), dims=(16,))
     objective = made(config, AutoregressiveConfig(shift=1)).eval()
     data = batch((21, 12), width=40)  # 10 and a half, and 6 stacks
     prepared, output = loss_of(objective, data)
