@@ -43,6 +43,7 @@ VERBS: dict[str, tuple[str, str]] = {
 EXTRAS = {
     "matplotlib": "report",
     "kaldiio": "data",
+    "praatio": "data",
     "espeakng_loader": "demo",
     "tensorboard": "track",
     "sklearn": "eval",

@@ -41,7 +41,7 @@ class Options:
         label_column: Column of that file to take as label.
         speaker_column: Column of that file to take as speaker.
         alignments: Phones to put into the manifest: CPC's converted_aligned_phones.txt, or a folder of the Montreal aligner's
-            text files (start end phone).
+            TextGrids or text files (start end phone).
         stored_features: Take the features of a Kaldi directory although it has audio.
         frame_shift_ms: Stored features of which nothing says what they are: milliseconds from one frame to the next.
         audio_root: Folder that the paths of S3PRL's tables of lengths start from.

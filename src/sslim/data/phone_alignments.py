@@ -3,7 +3,7 @@
 CPC's file (``converted_aligned_phones.txt``; Rivière et al., "Unsupervised pretraining transfers well across languages", arXiv
 2002.02848) holds one whole number below 41 for every frame of Kaldi: a window of 25 ms every 10 ms. Label j therefore tells of
 the sound around 10 j + 12.5 ms, not around 10 j ms, where S3PRL lays it over frames that are centred on their times. The
-Montreal aligner's text files hold ``start end phone`` in seconds of the recording, and stay as they are.
+Montreal aligner's files, TextGrids or text with ``start end phone``, are in seconds of the recording, and stay as they are.
 
 Both become segments in seconds; ``sslim.data.alignment`` then finds the one that the middle of any front-end's frame lies in.
 """
@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from sslim.data.sources import Segment, Source, SourceUtterance
+from sslim.data.textgrids import read_textgrid
 
 CPC_FILE = "converted_aligned_phones.txt"
 CPC_SHIFT_S, CPC_WINDOW_S = 0.01, 0.025
@@ -67,7 +68,7 @@ def read_phone_alignments(path: str | Path) -> PhoneAlignments:
     """Opens alignments of either kind.
 
     Args:
-        path: ``converted_aligned_phones.txt``, a folder that holds it, or a folder of the Montreal aligner's text files.
+        path: ``converted_aligned_phones.txt``, a folder that holds it, or a folder of the Montreal aligner's files.
 
     Raises:
         AlignmentError: It is neither.
@@ -169,28 +170,29 @@ def cpc_segments(labels_T: np.ndarray) -> tuple[Segment, ...]:
 
 
 def read_montreal_alignments(folder: str | Path) -> PhoneAlignments:
-    """Opens a folder of text files, in folders of any depth, named after their utterances; lines are ``start end phone``.
+    """Opens a folder of files named after their utterances, in folders of any depth.
 
-    A file ``unaligned.txt`` in any of the folders lists utterances without an alignment, the first word of each line.
+    They are TextGrids, or text files whose lines are ``start end phone``; beside TextGrids, text files are transcripts. A file
+    ``unaligned.txt`` in any of the folders lists utterances without an alignment, the first word of each line.
 
     Raises:
         AlignmentError: There are none, or two are of the same utterance.
     """
-    folder = Path(folder)
+    paths = sorted(Path(folder).rglob("*"))
+    lists = [path for path in paths if path.name == UNALIGNED_FILE]
+    unaligned = {line.split()[0] for path in lists for line in _text_lines(path) if line.strip()}
+    grids = [path for path in paths if path.suffix.lower() == ".textgrid"]
+    texts = [path for path in paths if path.suffix == ".txt" and path not in lists]
     files: dict[str, Path] = {}
-    unaligned: set[str] = set()
-    for path in sorted(folder.rglob("*.txt")):
-        if path.name == UNALIGNED_FILE:
-            unaligned |= {line.split()[0] for line in _text_lines(path) if line.strip()}
-        elif path.name.endswith(".trans.txt"):
+    for path in grids or texts:
+        if path.name.endswith(".trans.txt"):
             continue  # LibriSpeech's transcripts, where alignments lie beside the sound
-        elif path.stem in files:
+        if path.stem in files:
             raise AlignmentError(f"{files[path.stem]} and {path} are both of the utterance {path.stem!r}")
-        else:
-            files[path.stem] = path
+        files[path.stem] = path
     if not files:
         raise AlignmentError(
-            f"{folder} holds no alignments: neither {CPC_FILE} nor the Montreal aligner's text files, UTTERANCE.txt"
+            f"{folder} holds no alignments: neither {CPC_FILE} nor the Montreal aligner's UTTERANCE.TextGrid or UTTERANCE.txt"
         )
     return PhoneAlignments(
         kind="montreal",
@@ -208,11 +210,17 @@ def _text_lines(path: Path) -> list[str]:
 
 
 def read_montreal_file(path: Path) -> tuple[Segment, ...]:
-    """Reads the segments of one utterance: lines ``start end phone``, in seconds.
+    """Reads the segments of one utterance: a TextGrid, or lines ``start end phone``, in seconds.
 
     Raises:
-        AlignmentError: A line is anything else, ends before it starts, or starts before the line above.
+        AlignmentError: A line is anything else, ends before it starts, or starts before the line above; or a TextGrid cannot be
+            read or has no tier of phones.
     """
+    if path.suffix.lower() == ".textgrid":
+        try:
+            return read_textgrid(path)
+        except ValueError as error:
+            raise AlignmentError(str(error)) from error
     segments: list[Segment] = []
     for number, line in enumerate(_text_lines(path), start=1):
         words = line.split()

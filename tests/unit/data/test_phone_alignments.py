@@ -124,6 +124,50 @@ def test_malformed_montreal_files(tmp_path: Path, text: str, sentence: str) -> N
         alignments.get("a")
 
 
+def textgrid(*tiers: str, encoding: str = "utf-8") -> bytes:
+    """A TextGrid in Praat's long format with the two intervals `` `` and ``AH0`` in each tier."""
+    lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', "", "xmin = 0", "xmax = 0.5", "tiers? <exists>"]
+    lines += [f"size = {len(tiers)}", "item []:"]
+    for number, name in enumerate(tiers, start=1):
+        lines += [f"    item [{number}]:", '        class = "IntervalTier"', f'        name = "{name}"']
+        lines += ["        xmin = 0", "        xmax = 0.5", "        intervals: size = 2"]
+        for index, (start, end, text) in enumerate([("0", "0.12", ""), ("0.12", "0.5", "AH0")], start=1):
+            lines += [f"        intervals [{index}]:", f"            xmin = {start}", f"            xmax = {end}"]
+            lines += [f'            text = "{text}"']
+    return ("\n".join(lines) + "\n").encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("tier", ["phones", "14 - phones"])
+def test_textgrids_are_read_and_text_beside_them_is_not(tmp_path: Path, tier: str, encoding: str) -> None:
+    (tmp_path / "14").mkdir()
+    (tmp_path / "14" / "14-208-0000.TextGrid").write_bytes(textgrid("words", tier, encoding=encoding))
+    (tmp_path / "14" / "14-208-0000.txt").write_text("WHAT WAS SAID\n")
+    found = read_phone_alignments(tmp_path)
+    assert (found.kind, found.ids) == ("montreal", {"14-208-0000"})
+    assert found.get("14-208-0000") == (
+        Segment(symbol="sil", start_s=0.0, end_s=0.12),
+        Segment(symbol="AH0", start_s=0.12, end_s=0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"0 1 sil\n", r"a\.TextGrid cannot be read as a TextGrid"),
+        (b"", "cannot be read as a TextGrid"),
+        (textgrid("phones")[:300], "cannot be read as a TextGrid"),
+        (b"\xff\xfe\x00", "cannot be read as a TextGrid"),
+        (textgrid("words"), "has the tiers words; expected one called phones"),
+        (textgrid("A - phones", "B - phones"), "has the tiers A - phones, B - phones; expected one"),
+    ],
+)
+def test_malformed_textgrids(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "a.TextGrid").write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        read_montreal_alignments(tmp_path).get("a")
+
+
 def test_what_holds_no_alignments_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither converted_aligned_phones\.txt nor"):
         read_phone_alignments(tmp_path)
