@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import sslim
@@ -17,13 +18,13 @@ from sslim.config import dump_json, to_plain
 from sslim.data.corpus import Corpus
 from sslim.data.prepare import prepare
 from sslim.data.sources import Source, SourceUtterance
-from sslim.models import build_model
+from sslim.models import ModelConfig, build_model
 from sslim.models.melhubert import melhubert_frontend
-from sslim.models.reconstruction import tera
+from sslim.models.reconstruction import HEAD, tera
 from sslim.objectives import AlterationConfig, Reconstruction, ReconstructionConfig
 from sslim.recipes.calibration import CalibrationConfig, calibrate
 from sslim.recipes.pretrain import read_recipe
-from sslim.recipes.reconstruction import tera_fmllr_base, tera_tiny
+from sslim.recipes.reconstruction import RECIPES, tera_fmllr_base, tera_tiny
 from sslim.recipes.report_example import make_restoration
 from sslim.report import load_restoration
 from sslim.storage import load_tensors
@@ -181,6 +182,41 @@ def test_a_model_without_a_front_end_trains_on_stored_features_of_its_width(
     recipe.write_text(dump_json(made))
     assert run("pretrain", recipe, corpus.path, "--output", tmp_path / "other") == 2
     assert "takes 39 features from outside, and corpus made holds 40 features" in capsys.readouterr().err
+
+
+def narrow(model: ModelConfig, dim: int = 24) -> ModelConfig:
+    """The model with its blocks made narrow; features, stacking and the width of what it restores stay."""
+    block = replace(model.transformer.blocks[0], num_heads=2, head_dim=dim // 2, feedforward_dim=dim)
+    encoder = replace(model.transformer, dim=dim, blocks=(block,) * len(model.transformer.blocks))
+    return replace(model, encoder=encoder, heads={HEAD: replace(model.heads[HEAD], hidden_dim=dim)})  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("mockingjay-base", "fbank80-librosa"),
+        ("mockingjay-large", "fbank160-librosa"),
+        ("mockingjay-large-linear", "mel160-librosa"),
+        ("tera-base", "logmel80"),
+        ("tera-voxceleb", "mfcc24-voxceleb"),
+        ("aalbert-6l", "fbank80-librosa"),
+    ],
+)
+def test_published_recipes_train_on_audio_prepared_with_their_features(tmp_path: Path, name: str, features: str) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "audio").mkdir()
+    for number in range(4):
+        soundfile.write(tmp_path / "audio" / f"{number}.wav", rng.normal(0, 0.1, 40_000 + 3_000 * number), 16_000)
+    assert run("prepare", tmp_path / "audio", tmp_path / "corpus", "--features", features) == 0
+    recipe = RECIPES[name]()
+    training = replace(recipe.training, total_steps=2, accumulate=1, log_every=1)
+    path = tmp_path / "recipe.json"
+    path.write_text(dump_json(to_plain(replace(recipe, model=narrow(recipe.model), training=training))))
+    assert run("pretrain", path, tmp_path / "corpus", "--output", tmp_path / "run") == 0
+    assert np.isfinite(losses(tmp_path / "run", "loss")).all()
+    model = sslim.load_model(tmp_path / "run" / "model")
+    restored = model.heads[HEAD](model.encode(torch.randn(1, 16_000)).final)
+    assert restored.shape[-1] == recipe.model.heads[HEAD].output_dim  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

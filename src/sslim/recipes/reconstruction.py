@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sslim.data.feature_presets import feature_preset
+from sslim.frontends import SpectralFrontendConfig
 from sslim.models import ModelConfig
 from sslim.models.melhubert import melhubert_frontend
 from sslim.models.reconstruction import aalbert, mockingjay, tera
@@ -38,13 +40,14 @@ def _published(
     max_grad_norm: float,
     accumulate: int = 1,
     eps: float = 1e-6,
+    target: SpectralFrontendConfig | None = None,
 ) -> PretrainRecipe:
     """AdamW with betas 0.9 and 0.999, decay 0.01, warm-up over 7 % of the updates, then linear to zero."""
     return PretrainRecipe(
         name=name,
         about=about,
         model=model,
-        objective=ReconstructionConfig(alteration=AlterationConfig(mode="reference", **alteration)),
+        objective=ReconstructionConfig(alteration=AlterationConfig(mode="reference", **alteration), target=target),
         training=TrainerConfig(
             total_steps=steps,
             accumulate=accumulate,
@@ -63,12 +66,18 @@ def _whole(max_utterances: int, max_s: float) -> DataConfig:
     return DataConfig(batch_s=None, max_utterances=max_utterances, crop_s=None, max_s=max_s)
 
 
+def _features(name: str) -> SpectralFrontendConfig:
+    frontend = feature_preset(name)
+    assert frontend is not None, f"{name} are waveforms"
+    return frontend
+
+
 def mockingjay_base() -> PretrainRecipe:
-    """Mockingjay Base (``mockingjay_libri_fbankBase``): 3 layers on 80 filterbank channels with deltas, 10 ms, 360 hours."""
+    """Mockingjay Base (``mockingjay_libri_fbankBase``): 3 layers on librosa's 80 channels with deltas, 10 ms, 360 hours."""
     return _published(
         "mockingjay-base",
         "arXiv 1910.12638, S3PRL v0.1, 360 h, 500,000 updates of 6 utterances on one GPU; paper: 94.54 % of 63 speakers",
-        mockingjay(),
+        mockingjay(frontend=_features("fbank160-librosa")),
         {"time_share": 0.15, "span_min": 7, "span_max": 7},
         _whole(6, 30.0),
         steps=500_000,
@@ -80,18 +89,35 @@ def mockingjay_base() -> PretrainRecipe:
 def mockingjay_large() -> PretrainRecipe:
     """Mockingjay Large (``mockingjay_libri_fbankLarge``): 12 layers on 3 stacked frames.
 
-    Spans are one stacked frame long, 30 ms, as in the configuration file; the paper says three (``C_num``), and has a linear
-    spectrum of 1025 bins for its target.
+    Spans are one stacked frame long, 30 ms, as in the configuration file; the paper says three (``C_num``).
     """
     return _published(
         "mockingjay-large",
         "arXiv 1910.12638, S3PRL v0.1, 360 h, 500,000 updates of 6 utterances on one GPU; paper: 96.26 % of 63 speakers",
-        mockingjay(num_layers=12, stack=3),
+        mockingjay(num_layers=12, stack=3, frontend=_features("fbank160-librosa")),
         {"time_share": 0.15, "span_min": 1, "span_max": 1},
         _whole(6, 30.0),
         steps=500_000,
         learning_rate=4e-4,
         max_grad_norm=1.0,
+    )
+
+
+def mockingjay_large_linear() -> PretrainRecipe:
+    """Mockingjay Large as in the paper: 12.5 ms log-Mel channels with deltas restore a linear spectrum of 1025 bins.
+
+    ``mockingjay_libri_linearLarge`` of the deprecated runner. Both are computed from the sound, so that frames belong together.
+    """
+    return _published(
+        "mockingjay-large-linear",
+        "arXiv 1910.12638, S3PRL v0.1, 360 h, 500,000 updates of 6 utterances on one GPU; not trained here",
+        mockingjay(num_layers=12, stack=3, frontend=_features("mel160-librosa"), target_dim=1025),
+        {"time_share": 0.15, "span_min": 1, "span_max": 1},
+        _whole(6, 30.0),
+        steps=500_000,
+        learning_rate=4e-4,
+        max_grad_norm=1.0,
+        target=_features("linear1025"),
     )
 
 
@@ -142,12 +168,27 @@ def tera_fmllr_large() -> PretrainRecipe:
     return _tera_fmllr("large", 12)
 
 
+def tera_voxceleb() -> PretrainRecipe:
+    """TERA on 24 MFCC of Kaldi's VoxCeleb recipe (``tera_kaldi_voxceleb_mfccBase``): time and 5 channels are altered."""
+    return _published(
+        "tera-voxceleb",
+        "S3PRL v0.1, VoxCeleb1, 30,000 updates of 128 utterances on one GPU; not trained here",
+        tera(frontend=_features("mfcc24-voxceleb")),
+        {"time_share": 0.15, "max_channels": 5},
+        DataConfig(batch_s=None, max_utterances=16, crop_s=15.0),
+        steps=30_000,
+        learning_rate=2e-4,
+        max_grad_norm=1.0,
+        accumulate=8,
+    )
+
+
 def _aalbert(num_layers: int, hours: int, steps: int) -> PretrainRecipe:
     """Frames are stacked by three, so spans of one frame last 30 ms."""
     return _published(
         f"aalbert-{num_layers}l",
         f"arXiv 2005.08575, S3PRL v0.1, {hours} h, {steps:,} updates of 50 utterances on one GPU",
-        aalbert(num_layers=num_layers),
+        aalbert(num_layers=num_layers, frontend=_features("fbank80-librosa")),
         {"time_share": 0.15, "span_min": 1, "span_max": 1},
         _whole(10, 15.0),
         steps=steps,
@@ -237,10 +278,12 @@ def tera_tiny() -> PretrainRecipe:
 RECIPES = {
     "mockingjay-base": mockingjay_base,
     "mockingjay-large": mockingjay_large,
+    "mockingjay-large-linear": mockingjay_large_linear,
     "tera-base": tera_base,
     "tera-fmllr-base": tera_fmllr_base,
     "tera-fmllr-medium": tera_fmllr_medium,
     "tera-fmllr-large": tera_fmllr_large,
+    "tera-voxceleb": tera_voxceleb,
     "aalbert-3l": aalbert_3l,
     "aalbert-6l": aalbert_6l,
     "mockingjay-mini": mockingjay_mini,
