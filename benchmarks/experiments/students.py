@@ -1,8 +1,9 @@
 """Teacher, students and baselines of one size on real speech, in one probe table: three hours on one CPU core.
 
-A small MelHuBERT is pre-trained on two corpora, on clusters of MFCC. Three students of about a million parameters learn from it
-(two plain layers; two layers run twice; the best subnet of a supernet, trained on for as long), each beside the same net
-pre-trained from scratch for the same time on the teacher's own targets, all with several seeds. All are probed on digits of
+A small MelHuBERT is pre-trained on two corpora, on clusters of MFCC, and a supernet on what that gives. Two students of about a
+million parameters (two plain layers; two layers run twice) learn from the whole supernet, which is a better teacher than its
+own; the third is the supernet's best subnet of that size, as it is. Each stands beside the same net pre-trained from scratch on
+the first teacher's targets for as many minutes as the student, or the supernet, was trained. All are probed on digits of
 speakers that the probe never heard.
 
 Every step is a command of ``sslim`` and is printed; interrupted runs go on. How many steps fit into a run's minutes is found
@@ -22,7 +23,6 @@ from timed_runs import minutes_of, sslim, train
 
 SEEDS, LABELS = "3", "mfcc100"
 SEARCH = ("--generations", "20", "--utterances", "200")
-HIDDEN = ("--set", 'objective.masking={"probability":0.4,"span_length":5}')  # as in the recipes of the other two students
 
 
 def write_scratch_recipe(path: Path, model_folder: Path) -> None:
@@ -46,34 +46,35 @@ def train_teacher(root: Path, speech: Path, digits: Path, minutes: float) -> Non
     train("pretrain", "melhubert-mini", corpus, "--labels", LABELS, output=root / "teacher", minutes=minutes)
 
 
-def train_supernet(root: Path, minutes: float) -> tuple[str, ...]:
-    """Trains a supernet on the teacher, takes its best subnet of a million parameters, and returns how that is trained on."""
-    supernet, search, budget = root / "supernet", root / "search", ("--budget", "params=0.95M..1.05M", "--extract", "1")
+def train_supernet(root: Path, minutes: float) -> None:
+    """Trains a supernet on the teacher; its whole net and its best subnet of a million parameters become models."""
+    supernet, whole, search = root / "supernet", root / "whole", root / "search"
     settings = ("supernet-mini", root / "teacher", root / "speech", "--stage", "2")
     train("compress", "supernet", *settings, output=supernet, minutes=minutes)
+    sslim("compress", "extract", supernet, "--subnet", "max", "--output", whole, done=whole / "model.json")
     common = (supernet, root / "teacher", root / "speech", "--output", search)
+    budget = ("--budget", "params=0.95M..1.05M", "--extract", "1")
     sslim("compress", "search", *common, *budget, *SEARCH, done=search / "front-1")
-    depths = json.loads((search / "front-1" / "model.json").read_text())["config"]["encoder"]["depth_map"]
-    return ("--loss", "distil-alhubert", "--layers", f"{len(depths)}:4", "--learning-rate", "1e-3", "--batch-s", "30", *HIDDEN)
 
 
-def train_students(root: Path, minutes: float, supernet_minutes: float, trainings: int) -> list[Path]:
-    """Distils two students and the best subnet of a supernet, and trains all three nets from scratch, each several times."""
-    teacher, corpus, made = root / "teacher", root / "speech", []
-    further = train_supernet(root, supernet_minutes)
-    students = {
-        "plain": ("distil-plain-mini",),
-        "shared": ("distil-shared-mini",),
-        "subnet": (root / "search" / "front-1", *further),
-    }
-    for seed in range(trainings):
-        for name, (student, *settings) in students.items():
+def train_students(root: Path, minutes: float, trainings: int) -> list[Path]:
+    """Distils two students from the whole supernet, and trains all three nets from scratch for as long as their rivals."""
+    corpus, made = root / "speech", []
+    rivals = {"plain": root / "plain-0", "shared": root / "shared-0", "subnet": root / "search" / "front-1"}
+    for seed in map(str, range(trainings)):
+        for name, model in rivals.items():
             run, scratch, recipe = root / f"{name}-{seed}", root / f"scratch-{name}-{seed}", root / f"scratch-{name}.json"
-            same = ("--seed", str(seed))
-            train("compress", "distil", student, teacher, corpus, *settings, *same, output=run, minutes=minutes)
-            write_scratch_recipe(recipe, run / "model")
-            train("pretrain", recipe, corpus, "--labels", LABELS, *same, output=scratch, minutes=minutes_of(run))
-            made += [run, scratch]
+            if name == "subnet":
+                minutes_here, described = minutes_of(root / "supernet"), model
+            else:
+                settings = (f"distil-{name}-mini", root / "whole", corpus, "--seed", seed)
+                train("compress", "distil", *settings, output=run, minutes=minutes)
+                minutes_here, described = minutes_of(run), model / "model"
+                made.append(run)
+            write_scratch_recipe(recipe, described)
+            settings = (recipe, corpus, "--labels", LABELS, "--seed", seed)
+            train("pretrain", *settings, output=scratch, minutes=minutes_here)
+            made.append(scratch)
     return made
 
 
@@ -91,24 +92,16 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     train_teacher(root, options.speech, options.digits, options.teacher_minutes)
-    students = train_students(root, options.minutes, options.supernet_minutes, options.trainings)
+    train_supernet(root, options.supernet_minutes)
+    students = train_students(root, options.minutes, options.trainings)
     probe, digits = ("--folds", "speaker", "--seeds", SEEDS, "--output"), ("--corpus", root / "digits")
     card = root / "students.json"
-    sslim("probe", "label", root / "teacher", root / "search" / "front-1", *students, *digits, *probe, card, done=card)
+    models = [root / "teacher", root / "whole", root / "search" / "front-1", *students]
+    sslim("probe", "label", *models, *digits, *probe, card, done=card)
     front, card = root / "front", root / "front.json"
     latency = ("--algorithm", "pareto", "--front", "latency_ms", "--extract", "6", "--threads", "1")
-    sslim(
-        "compress",
-        "search",
-        root / "supernet",
-        root / "teacher",
-        root / "speech",
-        "--output",
-        front,
-        *latency,
-        *SEARCH,
-        done=front / "front-6",
-    )
+    common = (root / "supernet", root / "teacher", root / "speech", "--output", front)
+    sslim("compress", "search", *common, *latency, *SEARCH, done=front / "front-6")
     models = [root / "teacher", *sorted(front.glob("front-*"))]
     sslim("probe", "label", *models, *digits, "--no-baselines", *probe, card, done=card)
 

@@ -20,6 +20,7 @@ from sslim.cli import main
 from sslim.data.corpus import Corpus
 from sslim.data.prepare import prepare
 from sslim.data.sources import Source, SourceUtterance
+from sslim.frontends import NormalizationConfig
 from sslim.models import SpeechModel, build_model
 from sslim.models.hubert import hubert, narrow_conv_layers
 from sslim.models.melhubert import melhubert, melhubert_frontend
@@ -34,7 +35,8 @@ SMALL = {"dim": 32, "num_heads": 4, "feedforward_dim": 64, "conv_kernel_size": 1
 BLOCK = '{"num_heads":4,"head_dim":8,"feedforward_dim":64}'
 POSITIONS = '{"kind":"convolution","kernel_size":16,"groups":4}'
 TINY = [
-    "distil-shared-mini",
+    *("distil-shared-mini", "--loss", "distil-alhubert", "--layers", "4:4"),  # layer to layer, frames hidden
+    *("--set", 'objective.masking={"probability":0.4,"span_length":5}', "--set", "objective.distance=l1"),
     *("--set", "model.encoder.dim=32", "--set", f"model.encoder.blocks=[{BLOCK},{BLOCK}]"),
     *("--set", f"model.encoder.positions={POSITIONS}", "--set", "data.batch_s=8", "--set", "data.crop_s=1.6"),
     *("--set", "training.log_every=5", "--set", "training.save_every=10", "--steps", "30", "--threads", "1"),
@@ -62,8 +64,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random net whose layers differ clearly; its front-end normalises each utterance, like the recipe's."""
-    frontend = distil_recipes.distil_plain_mini().model.frontend
+    """A random net whose layers differ clearly; its front-end normalises each utterance."""
+    frontend = replace(melhubert_frontend(20), normalization=NormalizationConfig(kind="utterance", eps=1e-3))
     config = replace(melhubert(num_layers=4, dropout=0.1, **SMALL), frontend=frontend, heads={})  # type: ignore[arg-type]
     model = build_model(config, torch.Generator().manual_seed(5))
     for block in model.encoder.blocks:

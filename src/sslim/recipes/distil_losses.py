@@ -62,14 +62,14 @@ def _pairs(layers: LayerChoice, student: ModelConfig, teacher: ModelConfig) -> t
 
 def _only_teacher(layers: LayerChoice, loss: str) -> tuple[int, ...]:
     if layers.student is not None:
-        raise ValueError(f"the loss {loss!r} learns from the student's last layer alone: name teacher layers only, not pairs")
+        raise ValueError(f"{loss} learns with the student's last layer alone: name teacher layers only, not pairs")
     return layers.teacher
 
 
 def distil_hubert(student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | None = None) -> DistillationConfig:
     """Prediction heads on the last layer for a third, two thirds and all of the teacher; L1 - log sigmoid(cos), means."""
     chosen = layers or LayerChoice(teacher=thirds(teacher.encoder.num_layers))
-    return DistillationConfig(target=TargetConfig(layers=_only_teacher(chosen, "distil-hubert")))
+    return DistillationConfig(target=TargetConfig(layers=_only_teacher(chosen, "the loss 'distil-hubert'")))
 
 
 def distil_alhubert(student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | None = None) -> DistillationConfig:
@@ -115,7 +115,7 @@ def data2vec(student: ModelConfig, teacher: ModelConfig, layers: LayerChoice | N
     encoder = teacher.transformer
     whole = [layer for layer, block in enumerate(encoder.depth_map, 1) if encoder.blocks[block].feedforward_dim]
     last = tuple(layer for layer in whole if layer > encoder.num_layers - max(1, round(2 * encoder.num_layers / 3)))
-    chosen = (last or tuple(whole)) if layers is None else _only_teacher(layers, "data2vec")
+    chosen = (last or tuple(whole)) if layers is None else _only_teacher(layers, "the loss 'data2vec'")
     return DistillationConfig(
         target=TargetConfig(layers=chosen, average=True, source="feedforward", instance_norm=True),
         cosine_weight=0.0,
@@ -163,7 +163,7 @@ def with_layers(config: DistilObjective, layers: LayerChoice, student: ModelConf
     if isinstance(config, LogitDistillationConfig):
         return logits(student, teacher, layers)  # which refuses them
     if config.student_layers is None:
-        return replace(config, target=replace(config.target, layers=_only_teacher(layers, "with heads")))
+        return replace(config, target=replace(config.target, layers=_only_teacher(layers, "this loss")))
     student_layers, teacher_layers = _pairs(layers, student, teacher)
     groups = dp_hubert(student, teacher, layers).map_groups if config.map_groups else ()
     return replace(

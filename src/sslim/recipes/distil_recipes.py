@@ -20,6 +20,7 @@ from sslim.models.distilhubert import distilalhubert, distilhubert
 from sslim.models.hubert import hubert
 from sslim.models.lighthubert import lighthubert
 from sslim.models.melhubert import melhubert
+from sslim.objectives import DistillationConfig, TargetConfig
 from sslim.objectives.masking import MaskingConfig
 from sslim.objectives.teacher_init import TeacherInitConfig
 from sslim.recipes.corpus_batches import DataConfig
@@ -127,58 +128,61 @@ def light_hubert_recipe() -> DistilRecipe:
     )
 
 
-def _mini(name: str, about: str, num_layers: int, repeats: int, init: tuple[int, ...], layers: LayerChoice) -> DistilRecipe:
-    """Students of ``melhubert-mini``, as wide as it: about a million parameters, minutes on one CPU core."""
+HIDDEN = MaskingConfig(probability=0.4, span_length=5)  # from the student alone; better in minutes than nothing hidden (LOG.md)
+
+
+def mini_distillation() -> DistillationConfig:
+    """The mean of the last two of a teacher's 4 layers, normalised over time, while frames are hidden from the student.
+
+    After data2vec and LightHuBERT, but every frame counts.
+    """
+    return DistillationConfig(
+        target=TargetConfig(layers=(3, 4), average=True, source="layer", instance_norm=True),
+        cosine_weight=0.0,
+        masking=HIDDEN,
+        head_bias=False,
+    )
+
+
+def _mini_student(num_layers: int, repeats: int) -> tuple[ModelConfig, ModelConfig]:
+    """A student of ``melhubert-mini``, as wide as it, with about a million parameters; and that teacher."""
     teacher = melhubert(
         num_layers=4, dim=192, num_heads=3, feedforward_dim=768, conv_kernel_size=32, conv_groups=8, dropout=0.0
     )
     blocks, depths = teacher.transformer.blocks[:num_layers], tuple(range(num_layers)) * repeats
-    student = replace(
-        teacher,
-        encoder=replace(teacher.transformer, blocks=blocks, depth_map=depths),
-        heads={},
-    )
+    return replace(teacher, encoder=replace(teacher.transformer, blocks=blocks, depth_map=depths), heads={}), teacher
+
+
+def distil_plain_mini() -> DistilRecipe:
+    """2 plain layers, started as layers 1 and 3 of the teacher, learn its layers 2 and 4 while frames are hidden from them."""
+    student, teacher = _mini_student(num_layers=2, repeats=1)
+    layers = distil_alhubert(student, teacher, LayerChoice(student=(1, 2), teacher=(2, 4)))
     return DistilRecipe(
-        name=name,
-        about=about,
+        name="distil-plain-mini",
+        about="own; 2 layers of width 192 from a 4-layer teacher, 1 million parameters, minutes on one CPU core",
         loss="distil-alhubert",
         model=student,
-        objective=replace(
-            distil_alhubert(student, teacher, layers),
-            distance="l1",
-            over_targets="mean",
-            masking=MaskingConfig(probability=0.4, span_length=5),  # the teacher sees all: better in minutes (LOG.md)
-        ),
-        init=TeacherInitConfig(layers=init),
+        objective=replace(layers, distance="l1", over_targets="mean", masking=HIDDEN),
+        init=TeacherInitConfig(layers=(1, 3)),
         training=mini_training(2_000, warmup_share=0.07),
         data=MINI_DATA,
     )
 
 
-def distil_plain_mini() -> DistilRecipe:
-    """2 plain layers, started as layers 1 and 3 of the teacher, learn its layers 2 and 4 while frames are hidden from them."""
-    return _mini(
-        "distil-plain-mini",
-        "own; 2 layers of width 192 from a 4-layer teacher, 1 million parameters",
-        num_layers=2,
-        repeats=1,
-        init=(1, 3),
-        layers=LayerChoice(student=(1, 2), teacher=(2, 4)),
-    )
-
-
 def distil_shared_mini() -> DistilRecipe:
-    """2 layers run twice, started as layers 1 and 2 of the teacher, learn its last layer while frames are hidden from them.
+    """2 layers run twice, started as layers 1 and 2 of the teacher, learn the mean of its last layers at their end.
 
-    Held to the teacher's layer 2 half-way as well, as DistilALHuBERT would, they end below the same net from scratch (LOG.md).
+    Held to layers of the teacher half-way, as DistilALHuBERT would, they end below the same net from scratch (LOG.md).
     """
-    return _mini(
-        "distil-shared-mini",
-        "own; 2 layers of width 192 run twice, from a 4-layer teacher, 1 million parameters",
-        num_layers=2,
-        repeats=2,
-        init=(1, 2),
-        layers=LayerChoice(student=(4,), teacher=(4,)),
+    return DistilRecipe(
+        name="distil-shared-mini",
+        about="own; 2 layers of width 192 run twice, from a 4-layer teacher, 1 million parameters, minutes on one CPU core",
+        loss="data2vec",
+        model=_mini_student(num_layers=2, repeats=2)[0],
+        objective=mini_distillation(),
+        init=TeacherInitConfig(layers=(1, 2)),
+        training=mini_training(2_000, warmup_share=0.07),
+        data=MINI_DATA,
     )
 
 

@@ -32,6 +32,7 @@ from sslim.objectives.distillation import Distillation, DistillationConfig, head
 from sslim.objectives.once_for_all import OnceForAll, OnceForAllConfig
 from sslim.objectives.teacher import TargetConfig
 from sslim.recipes.corpus_batches import DataConfig, make_batches, split_utterances
+from sslim.recipes.distil_recipes import mini_distillation
 from sslim.recipes.pretrain import label_set
 from sslim.recipes.small_runs import MINI_DATA, mini_training
 from sslim.training import OptimizerConfig, ScheduleConfig, Trainer, TrainerConfig, TrainingResult, join_processes
@@ -248,12 +249,7 @@ def supernet_mini() -> SupernetRecipe:
         name="supernet-mini",
         about="own; 29,484 subnets of a melhubert-mini, each stage about 20 minutes on one CPU core",
         space=MINI_SPACE,
-        objective=DistillationConfig(
-            target=TargetConfig(layers=(3, 4), average=True, source="layer", instance_norm=True),
-            cosine_weight=0.0,
-            masking=MaskingConfig(probability=0.4, span_length=5),
-            head_bias=False,
-        ),
+        objective=mini_distillation(),
         prediction=MaskedPredictionConfig(masking=MaskingConfig(probability=0.7, span_length=5), unmasked_weight=0.5),
         training=mini_training(2_000, lr=5e-4),
         data=MINI_DATA,
