@@ -55,7 +55,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         corpus.path / "labels" / "made", labels, frame_period_s=0.01, num_clusters=5, corpus_digest=corpus.digest,
         origin={"made": "made"}, quality={},
     )  # fmt: skip
-    save_model(build_model(melhubert_tiny().model, torch.Generator().manual_seed(0)), folder / "teacher")
+    teacher = build_model(melhubert_tiny().model, torch.Generator().manual_seed(0))
+    teacher.set_statistics(torch.zeros(40), torch.ones(40), source="made")
+    save_model(teacher, folder / "teacher")
     (folder / "space.json").write_text(dump_json(to_plain(SPACE)))
     (folder / "list.json").write_text("[1]")
     common = ["supernet-mini", folder / "teacher", folder / "corpus", *QUICK, "--space", folder / "space.json"]

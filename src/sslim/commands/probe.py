@@ -147,6 +147,12 @@ def _check(options: Options) -> None:
         raise ValueError(f"--classifier concat lays nine frames end to end, and the task {options.task} has no frames")
     if options.save_model is not None and options.save_model.exists() and not options.save_model.is_dir():
         raise ValueError(f"--save-model {options.save_model} is a file; give a folder")
+    if options.save_model is not None:
+        from sslim.checkpoints.model_files import RUN, model_path
+
+        target = (options.save_model / "model").resolve()
+        if (options.save_model / RUN).exists() or any(model_path(model).resolve() == target for model in options.models):
+            raise ValueError(f"--save-model {options.save_model} has the model of a run or of this probe; give another folder")
 
 
 def probe_config(options: Options) -> ProbeConfig:

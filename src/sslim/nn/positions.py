@@ -103,21 +103,22 @@ class ConvPositions(nn.Module):
         if x_BTD.shape[1] == 0:
             return x_BTD
         x_BDT = F.pad(x_BTD.transpose(1, 2), (left, right))
-        return x_BTD + F.gelu(self._convolve(x_BDT)).transpose(1, 2)
+        return x_BTD + F.gelu(grouped_convolution(x_BDT, self.kernel(), self.bias, self.config.groups)).transpose(1, 2)
 
-    def _convolve(self, x_BDT: Tensor) -> Tensor:
-        """The convolution; on a CPU in float32 where bf16 is asked for and groups are narrow.
 
-        With torch 2.13 and AMX, groups of 2 to 14 channels (an even number) and 8 to 128 taps (likewise) give nonsense there,
-        as large as the right result; pytorch/pytorch issue 163347 has another such case.
-        """
-        kernel, device = self.kernel(), x_BDT.device.type
-        asked = device == "cpu" and (x_BDT.dtype == torch.bfloat16 or torch.is_autocast_enabled(device))
-        if not asked or kernel.shape[1] >= MIN_BF16_GROUP:
-            return F.conv1d(x_BDT, kernel, self.bias, groups=self.config.groups)
-        with torch.autocast(device, enabled=False):
-            y_BDT = F.conv1d(x_BDT.float(), kernel.float(), self.bias.float(), groups=self.config.groups)
-        return y_BDT.to(x_BDT.dtype)
+def grouped_convolution(x_BDT: Tensor, kernel_DCK: Tensor, bias_D: Tensor, groups: int) -> Tensor:
+    """``conv1d`` without padding; on a CPU in float32 where bf16 is asked for and groups are narrow.
+
+    With torch 2.13 and AMX, groups of 2 to 14 channels (an even number) and 8 to 128 taps (likewise) give nonsense there, as
+    large as the right result; pytorch/pytorch issue 163347 has another such case.
+    """
+    device = x_BDT.device.type
+    asked = device == "cpu" and (x_BDT.dtype == torch.bfloat16 or torch.is_autocast_enabled(device))
+    if not asked or kernel_DCK.shape[1] >= MIN_BF16_GROUP:
+        return F.conv1d(x_BDT, kernel_DCK, bias_D, groups=groups)
+    with torch.autocast(device, enabled=False):
+        y_BDT = F.conv1d(x_BDT.float(), kernel_DCK.float(), bias_D.float(), groups=groups)
+    return y_BDT.to(x_BDT.dtype)
 
 
 def sinusoids(num_frames: int, dim: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from sslim.batch import EncoderOutput
 from sslim.nn.encoder import Encoder
 from sslim.nn.encoders import AnyEncoder
 from sslim.nn.past import Continuation, Past, continuation_mask
-from sslim.nn.positions import ConvPositions, SinusoidPositions, sinusoids
+from sslim.nn.positions import ConvPositions, SinusoidPositions, grouped_convolution, sinusoids
 from sslim.nn.recurrent import RecurrentEncoder
 
 # Frames up to which matrix products beat torch's convolution on a CPU, which lays out the kernel anew in every call. With 768
@@ -45,7 +45,7 @@ class CausalConvolution:
         batch, num_frames, dim = len(x_BTD), x_BTD.shape[1] - self.size + 1, x_BTD.shape[2]
         if x_BTD.device.type != "cpu" or batch * num_frames > MAX_PRODUCT_FRAMES:
             kernel_DCK = self.matrix.transpose(1, 2).reshape(dim, -1, self.size)
-            return F.conv1d(x_BTD.transpose(1, 2), kernel_DCK, self.bias, groups=self.groups).transpose(1, 2)
+            return grouped_convolution(x_BTD.transpose(1, 2), kernel_DCK, self.bias, self.groups).transpose(1, 2)
         windows_GMI = x_BTD.unfold(1, self.size, 1).reshape(batch * num_frames, self.groups, -1).transpose(0, 1)
         products_GMC = windows_GMI @ self.matrix.to(x_BTD.dtype)
         return products_GMC.transpose(0, 1).reshape(batch, num_frames, dim) + self.bias.to(x_BTD.dtype)

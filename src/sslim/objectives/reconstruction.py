@@ -123,8 +123,8 @@ def _check_target(
         raise ValueError("the model takes features from outside, beside which no target can be computed: leave out target")
     if target.stack != 1:
         raise ValueError(f"target.stack is {target.stack}; it follows the model's features: leave it at 1")
-    if target.normalization.kind == "global":
-        raise ValueError("target.normalization is 'global', for which there are no statistics; expected 'utterance' or 'none'")
+    if target.normalization.kind not in ("utterance", "none"):  # others need statistics beyond the utterance
+        raise ValueError(f"target.normalization is {target.normalization.kind!r}; expected 'utterance' or 'none'")
     mine, theirs = build_frontend(replace(frontend, stack=1)), build_frontend(target)
     lengths = range(mine.sample_rate, mine.sample_rate + 2 * round(mine.frame_shift_s * mine.sample_rate))
     same = (mine.sample_rate, mine.frame_shift_s) == (theirs.sample_rate, theirs.frame_shift_s)

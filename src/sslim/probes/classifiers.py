@@ -211,7 +211,12 @@ def _new(train: Examples, num_classes: int, config: ClassifierConfig, seed: int)
 
 
 def train_paths(
-    train: Examples, *, num_classes: int, config: ClassifierConfig, seed: int
+    train: Examples,
+    *,
+    num_classes: int,
+    config: ClassifierConfig,
+    seed: int,
+    sized_as: int | None = None,
 ) -> Iterator[Iterator[tuple[Setting, ProbeClassifier]]]:
     """Trains along every path of settings: L-BFGS has one path, of weight decays; AdamW one of epochs for each learning rate.
 
@@ -220,13 +225,15 @@ def train_paths(
         num_classes: V.
         config: What to try.
         seed: Of the initial weights and the order of batches.
+        sized_as: Choose between the two as for so many examples, so that a choice and the training that follows it agree.
 
     Yields:
         Paths; each yields a setting and the classifier as it is then (it goes on changing). A path may be left early.
     """
     classifier = _new(train, num_classes, config, seed)
-    num_bytes = 4 * len(train) * len(train.x_LNP) * train.width
-    if config.hidden_dim is None and len(train) <= FULL_BATCH_EXAMPLES and num_bytes <= FULL_BATCH_BYTES:
+    num_examples = len(train) if sized_as is None else sized_as
+    num_bytes = 4 * num_examples * len(train.x_LNP) * train.width
+    if config.hidden_dim is None and num_examples <= FULL_BATCH_EXAMPLES and num_bytes <= FULL_BATCH_BYTES:
         yield _weight_decay_path(classifier, train, config)
         return
     for rate in config.learning_rates:

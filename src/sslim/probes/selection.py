@@ -97,16 +97,17 @@ def fit_leaving_out(groups: Sequence[Examples], *, num_classes: int, config: Cla
             f"leaving one group out needs at least 3 of them (one to test, one to choose, one to train), not {len(groups)}"
         )
     check_parts(**{f"group {number}": group for number, group in enumerate(groups, 1)})
-    count = len(groups)
+    count, num_examples = len(groups), sum(map(len, groups))
     inner = min(MAX_INNER_GROUPS, count - 1)
     judges = [[(test + step) % count for step in range(1, inner + 1)] for test in range(count)]
     votes: dict[tuple[int, int], dict[Setting, float]] = {}  # (test group, its judge) -> accuracies
     for first, second in sorted({(min(a, b), max(a, b)) for a in range(count) for b in judges[a]}):
         train = _joined([group for index, group in enumerate(groups) if index not in (first, second)])
-        tables = _accuracies(train, [groups[first], groups[second]], num_classes, config, seed)
+        tables = _accuracies(train, [groups[first], groups[second]], num_classes, config, seed, num_examples)
         votes[second, first], votes[first, second] = tables
     return [
-        _refit(groups, test, [votes[test, judge] for judge in judges[test]], num_classes, config, seed) for test in range(count)
+        _refit(groups, test, [votes[test, judge] for judge in judges[test]], num_classes, config, seed, num_examples)
+        for test in range(count)
     ]
 
 
@@ -115,11 +116,11 @@ def _joined(parts: Sequence[Examples]) -> Examples:
 
 
 def _accuracies(
-    train: Examples, devs: Sequence[Examples], num_classes: int, config: ClassifierConfig, seed: int
+    train: Examples, devs: Sequence[Examples], num_classes: int, config: ClassifierConfig, seed: int, sized_as: int
 ) -> list[dict[Setting, float]]:
     """Each dev part's accuracy for every setting, as far as it would have gone on alone: parts do not stop one another."""
     tables: list[dict[Setting, float]] = [{} for _ in devs]
-    for path in train_paths(train, num_classes=num_classes, config=config, seed=seed):
+    for path in train_paths(train, num_classes=num_classes, config=config, seed=seed, sized_as=sized_as):
         best, stale = [-1.0] * len(devs), [0] * len(devs)
         for setting, classifier in path:
             for index, dev in enumerate(devs):
@@ -140,6 +141,7 @@ def _refit(
     num_classes: int,
     config: ClassifierConfig,
     seed: int,
+    sized_as: int,
 ) -> Fitted:
     """Trains on all groups but ``test`` with the setting of the best mean accuracy; the first tried of equals."""
     means = {s: sum(vote[s] for vote in votes) / len(votes) for s in votes[0] if all(s in vote for vote in votes)}
@@ -152,7 +154,7 @@ def _refit(
     )
     train = _joined([group for index, group in enumerate(groups) if index != test])
     classifier: ProbeClassifier | None = None
-    for path in train_paths(train, num_classes=num_classes, config=narrowed, seed=seed):
+    for path in train_paths(train, num_classes=num_classes, config=narrowed, seed=seed, sized_as=sized_as):
         for reached in path:
             classifier = reached[1]
     assert classifier is not None

@@ -266,6 +266,11 @@ def test_waveforms_are_needed_only_where_the_stored_features_do_not_do() -> None
             {"target": replace(FILTERBANK, normalization=NormalizationConfig(kind="global"))},
             "target.normalization is 'global'",
         ),
+        (
+            tera(frontend=FILTERBANK, **SIZES),
+            {"target": replace(FILTERBANK, normalization=NormalizationConfig(kind="speaker"))},
+            "target.normalization is 'speaker'",
+        ),
         (tera(frontend=FILTERBANK, **SIZES), {"target": LINEAR}, "has other frames than the model's features"),
         (
             tera(frontend=log_mel_frontend(), **SIZES),

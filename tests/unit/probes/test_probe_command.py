@@ -106,6 +106,9 @@ def test_fine_tuning_and_s3prl_from_the_command_line(corpus, model, tmp_path, ca
     assert (folder / "model.safetensors").read_bytes() == before
     assert main(["probe", "label", str(tmp_path / "tuned"), *common]) == 0  # a run folder like any other
     capsys.readouterr()
+    again = ["probe", "label", str(tmp_path / "tuned"), *common, "--fine-tune", "--save-model", str(tmp_path / "tuned")]
+    assert main(again) == 2
+    assert "has the model of a run or of this probe; give another folder" in capsys.readouterr().err.replace("\n", " ")
     published = ["probe", "label", str(folder), *common, "--protocol", "s3prl-v0.1", "--steps", "20"]
     assert main([*published, "--baseline-features", "fbank80", "--output", str(card_path)]) == 0
     card = read_card(card_path)

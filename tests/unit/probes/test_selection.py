@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sslim.probes import classifiers
 from sslim.probes.classifiers import ClassifierConfig, Examples, score, train_paths
 from sslim.probes.selection import fit_leaving_out
 
@@ -74,6 +75,19 @@ def test_last_training_is_on_all_other_groups():
     ((_, expected),) = list(path)
     torch.testing.assert_close(fitted.classifier.output.weight, expected.output.weight)
     assert not torch.allclose(fitted.classifier.mean_LP, x_LNP.mean(1))
+
+
+def test_choices_and_the_last_training_have_one_solver(monkeypatch):
+    """Between the sizes of the two, 120 and 180 examples, lies the border between L-BFGS and AdamW."""
+    x_LNP, y_N, groups = grouped()
+    config = ClassifierConfig(learning_rates=(1e-2,), batch_size=16, max_epochs=4, patience=2)
+    found = {}
+    for border in (150, 0):
+        monkeypatch.setattr(classifiers, "FULL_BATCH_EXAMPLES", border)
+        found[border] = leave_out(x_LNP, y_N, groups, config)[0]
+    assert found[150].setting == found[0].setting
+    assert found[150].setting[0] == "learning_rate"
+    torch.testing.assert_close(found[150].classifier.output.weight, found[0].classifier.output.weight)
 
 
 def test_two_groups_are_too_few():
