@@ -176,8 +176,9 @@ def test_a_model_without_a_front_end_trains_on_stored_features_of_its_width(
     made |= {"training": to_plain(tera_tiny().training) | {"total_steps": 3}}
     recipe.write_text(dump_json(made))
     assert run("pretrain", recipe, corpus.path, "--output", tmp_path / "run") == 0
-    assert "reads the features of corpus made (filterbank) as they are stored" in capsys.readouterr().out
-    assert sslim.load_model(tmp_path / "run" / "model").config.frontend is None
+    assert "names no features: the model takes those of corpus made" in capsys.readouterr().out
+    trained = sslim.load_model(tmp_path / "run" / "model").config
+    assert (trained.frontend.features, trained.frontend.stack) == (corpus.frontend_config.features, 3)  # type: ignore[union-attr]
     made["model"] = to_plain(tera(feature_dim=39, **sizes))
     recipe.write_text(dump_json(made))
     assert run("pretrain", recipe, corpus.path, "--output", tmp_path / "other") == 2

@@ -6,12 +6,10 @@ A frame belongs to the segment that its centre falls into.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from sslim.audio import stack_reach
-from sslim.data.corpus import Corpus
 from sslim.data.sources import Segment
 from sslim.frontends.config import (
     ConvFrontendConfig,
@@ -48,13 +46,6 @@ def frame_length_s(config: FrontendConfig) -> float:
     if not bank.snip_edges:
         return bank.frame_shift_ms * config.stack / 1000
     return (bank.frame_shift_ms * (config.stack - 1) + bank.frame_length_ms) / 1000
-
-
-def overhang_s(corpus: Corpus) -> float:
-    """Returns the seconds by which a frame of this corpus's features sees beyond its own shift, whatever their stacking."""
-    if corpus.frontend_config is None:
-        return 0.0
-    return frame_length_s(replace(corpus.frontend_config, stack=1)) - corpus.base_frame_shift_s
 
 
 def frame_segments(

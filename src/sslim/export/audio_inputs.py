@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslim.audio import AudioError, audio_info, num_resampled_samples, read_audio
 from sslim.data.corpus import DESCRIPTION, Corpus
-from sslim.models.encoding import Inputs, corpus_inputs, model_frame_shift_s
+from sslim.models.encoding import Inputs, corpus_inputs, give_features
 from sslim.models.speech import SpeechModel
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph", ".w64", ".caf"})
@@ -141,12 +141,14 @@ def open_audio(arguments: Sequence[Path], model: SpeechModel, *, waveforms: bool
 
 
 def _of_corpus(corpus: Corpus, model: SpeechModel, waveforms: bool) -> Utterances:
+    give_features(model, corpus)
+    assert model.frontend is not None
     ids = tuple(corpus.ids())
     return Utterances(
         ids=ids,
         paths=ids,
         inputs=lambda kept: corpus_inputs(model, corpus, kept, waveforms=waveforms),
-        frame_period_s=model_frame_shift_s(model, corpus),
+        frame_period_s=model.frontend.frame_shift_s,
         durations_s=corpus.num_samples / corpus.sample_rate,
         speakers=tuple(corpus.column("speaker")),
         texts=tuple(corpus.column("text")),

@@ -7,7 +7,7 @@ the batches here are only a matter of speed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from sslim.audio import num_stacked_frames, read_audio
 from sslim.batch import EncoderOutput, Padded
 from sslim.data.corpus import Corpus
-from sslim.frontends import SpectralFrontendConfig
+from sslim.frontends import SpectralFrontendConfig, build_frontend
 from sslim.frontends.config import same_base_features
 from sslim.models.speech import SpeechModel
 from sslim.models.stacking import padded_to_stacks
@@ -43,12 +43,32 @@ class Inputs:
 
 def reads_stored_features(model: SpeechModel, corpus: Corpus) -> bool:
     """Whether the base features of ``corpus`` are those the model's front-end would compute."""
-    if corpus.frontend_config is None:
-        return False
-    if model.config.frontend is None:
-        return True
-    frontend = model.config.frontend
-    return isinstance(frontend, SpectralFrontendConfig) and same_base_features(corpus.frontend_config, frontend)
+    stored, frontend = corpus.frontend_config, model.config.frontend
+    return stored is not None and isinstance(frontend, SpectralFrontendConfig) and same_base_features(stored, frontend)
+
+
+def give_features(model: SpeechModel, corpus: Corpus) -> None:
+    """Gives a model without a front-end that of a corpus, so that it reads the features that the corpus is named for.
+
+    A corpus stores what is below deltas and normalisation; the front-end adds these. A model with a front-end stays as it is.
+
+    Raises:
+        ValueError: The corpus has no features, or not of the width that the model takes.
+    """
+    if model.frontend is not None:
+        return
+    config, projection = corpus.frontend_config, model.config.projection
+    held = 0 if config is None else build_frontend(replace(config, stack=1)).feature_dim
+    if config is None or held != projection.feature_dim:
+        raise ValueError(
+            f"this {model.config.family} model takes {projection.feature_dim} features from outside, and corpus {corpus.name} "
+            f"holds {held or 'no'} features for each frame"
+        )
+    bare = replace(config, normalization=replace(config.normalization, statistics=None))
+    model.set_frontend(bare)
+    if bare.normalization.kind == "global" and corpus.statistics is not None:
+        mean, std, source = corpus.statistics
+        model.set_statistics(torch.as_tensor(mean), torch.as_tensor(std), source=source)
 
 
 def corpus_inputs(
@@ -63,11 +83,11 @@ def corpus_inputs(
         waveforms: Read waveforms in any case.
 
     Raises:
-        ValueError: The model has no front-end and the corpus no features, or waveforms are asked for.
+        ValueError: The model has no front-end: :func:`give_features` gives it that of a corpus.
     """
     indices = np.asarray(indices, dtype=np.int64)
-    if waveforms and model.frontend is None:
-        raise ValueError(f"this {model.config.family} model takes features, not waveforms")
+    if model.frontend is None:
+        raise ValueError(f"this {model.config.family} model has no front-end: nothing tells which features it takes")
     if not waveforms and reads_stored_features(model, corpus):
 
         def read_features(position: int) -> Tensor:
@@ -75,8 +95,6 @@ def corpus_inputs(
 
         lengths = np.asarray(corpus.num_frames)[indices]
         return Inputs(lengths=lengths, unit_s=corpus.base_frame_shift_s, read=read_features, is_waveform=False)
-    if model.frontend is None:
-        raise ValueError(f"this {model.config.family} model takes features, and the corpus {corpus.name!r} holds none")
     rate = model.frontend.sample_rate
 
     def read_waveform(position: int) -> Tensor:
@@ -137,13 +155,6 @@ def _num_output_frames(model: SpeechModel, length: int, is_waveform: bool) -> in
     if model.frontend is None:
         return num_stacked_frames(length, model.config.projection.stack, "pad")
     return model.frontend.num_frames(length) if is_waveform else model.frontend.num_stacked_frames(length)
-
-
-def model_frame_shift_s(model: SpeechModel, corpus: Corpus) -> float:
-    """Returns the seconds from one frame of the model's output to the next, on stored features where it has no front-end."""
-    if model.frontend is not None:
-        return model.frontend.frame_shift_s
-    return corpus.base_frame_shift_s * model.config.projection.stack
 
 
 def num_model_frames(model: SpeechModel, inputs: Inputs) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sslim.batch import EncoderOutput, Padded, zero_padding
 from sslim.config import OMIT_DEFAULT
-from sslim.frontends import ConvFrontend, FrontendConfig, build_frontend
+from sslim.frontends import ConvFrontend, FrontendConfig, SpectralFrontendConfig, build_frontend
 from sslim.models.chunking import ChunkingConfig, encode_in_chunks
 from sslim.models.ragged import encode_in_groups, is_worth_splitting
 from sslim.models.search_space import SearchSpace
@@ -184,6 +184,28 @@ class SpeechModel(nn.Module):
         assert self.config.transformer is not None
         assert isinstance(self.encoder, Encoder)
         return self.encoder
+
+    def set_frontend(self, config: SpectralFrontendConfig) -> None:
+        """Gives a model that takes features from outside the front-end that computes them; it stacks what the model stacked.
+
+        Args:
+            config: Features of one frame, not stacked; they get the model's stack, and what does not fill one is dropped.
+
+        Raises:
+            ValueError: The features have another width than the model takes.
+        """
+        assert self.frontend is None
+        projection = self.config.projection
+        stacked = replace(config, stack=projection.stack, stack_tail="drop")
+        frontend = build_frontend(stacked)
+        if frontend.feature_dim != projection.stacked_dim:
+            raise ValueError(
+                f"this {self.config.family} model takes {projection.feature_dim} features from outside, and there are "
+                f"{frontend.feature_dim // projection.stack}"
+            )
+        self.frontend = frontend.to(next(self.parameters()).device).train(self.training)
+        whole = replace(projection, feature_dim=projection.stacked_dim, stack=1)
+        self.config = replace(self.config, frontend=stacked, projection=whole)
 
     def set_statistics(self, mean_F: Tensor, std_F: Tensor, *, source: str) -> None:
         """Gives the front-end its global mean and standard deviation, and the description their origin."""

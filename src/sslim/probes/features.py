@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sslim.data.alignment import frame_length_s
 from sslim.data.corpus import Corpus
-from sslim.models.encoding import DEFAULT_BATCH_S, corpus_inputs, encode_utterances, model_frame_shift_s, num_model_frames
+from sslim.models.encoding import DEFAULT_BATCH_S, corpus_inputs, encode_utterances, give_features, num_model_frames
 from sslim.models.speech import SpeechModel, build_model, restore_statistics
 
 IN_MEMORY_BYTES = 2**30  # larger frame stores go to an unlinked temporary file
@@ -53,7 +53,9 @@ class Representation:
 def model_representation(
     model: SpeechModel, corpus: Corpus, name: str, *, kind: str = "model", batch_s: float = DEFAULT_BATCH_S, bf16: bool = False
 ) -> Representation:
-    """All N + 1 layers of a frozen model in eval mode."""
+    """All N + 1 layers of a frozen model in eval mode; one without a front-end gets the corpus's (``give_features``)."""
+    give_features(model, corpus)
+    assert model.frontend is not None
 
     def layers_of(indices: np.ndarray) -> Iterator[tuple[int, Tensor]]:
         inputs = corpus_inputs(model, corpus, indices)
@@ -64,20 +66,12 @@ def model_representation(
         name=name,
         kind=kind,
         num_layers=model.num_layers + 1,
-        frame_shift_s=model_frame_shift_s(model, corpus),
-        frame_length_s=model_frame_length_s(model, corpus),
+        frame_shift_s=model.frontend.frame_shift_s,
+        frame_length_s=frame_length_s(model.frontend.config),
         num_parameters=model.num_parameters(with_heads=False),
         num_frames=lambda indices: num_model_frames(model, corpus_inputs(model, corpus, indices)),
         layers_of=layers_of,
     )
-
-
-def model_frame_length_s(model: SpeechModel, corpus: Corpus) -> float | None:
-    """Returns the seconds of sound that a frame of the model's front-end sees; None where nothing tells."""
-    config = model.config.frontend
-    if config is None and corpus.frontend_config is not None:
-        config = replace(corpus.frontend_config, stack=model.config.projection.stack)
-    return None if config is None else frame_length_s(config)
 
 
 def stacked(layers: Sequence[Tensor]) -> Tensor:

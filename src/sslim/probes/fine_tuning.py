@@ -30,7 +30,6 @@ from sslim.models.speech import SpeechModel, restore_statistics
 from sslim.models.storage import require_float
 from sslim.probes.classifiers import ProbeClassifier, neighbours
 from sslim.probes.features import (
-    model_frame_length_s,
     model_representation,
     stacked,
 )
@@ -277,6 +276,7 @@ def model_targets(
         context: Frames on either side of each.
         shuffle_seed: A control: classes are shuffled over all examples.
     """
+    representation = model_representation(model, corpus, "")
     inputs = corpus_inputs(model, corpus, task.indices)
     num_frames = num_model_frames(model, inputs)
     if task.unit == "utterance":
@@ -284,8 +284,7 @@ def model_targets(
         y_N, offsets = task.classes_N.copy(), np.arange(len(task.indices) + 1)
     else:
         assert task.frame_classes is not None
-        representation = model_representation(model, corpus, "")
-        shift_s, length_s = representation.frame_shift_s, model_frame_length_s(model, corpus)
+        shift_s, length_s = representation.frame_shift_s, representation.frame_length_s
         pairs = zip(task.indices.tolist(), num_frames.tolist(), strict=True)
         y_N = np.concatenate([task.frame_classes(index, count, shift_s, length_s) for index, count in pairs])
         offsets = np.concatenate([[0], np.cumsum(num_frames)])

@@ -18,7 +18,6 @@ from sslim.analysis.layer_weights import read_layer_weights
 from sslim.analysis.lnsr import LnsrConfig, measure_lnsr
 from sslim.analysis.phone_relations import RELATIONS, phone_relations
 from sslim.analysis.similarity import KEPT_VARIANCE, measure_similarity
-from sslim.data.alignment import overhang_s
 from sslim.models.encoding import num_model_frames, run_batch
 from sslim.models.speech import SpeechModel
 from sslim.probes import ProbeConfig, probe, read_card
@@ -183,7 +182,7 @@ def analyze_phones(speech: AnalyzedSpeech, folder: Path, *, say: Say, tell: Tell
     """
     alignments = [speech.corpus.utterance(i).alignment or () for i in speech.indices.tolist()]
     shift_s = speech.frame_shift_s
-    length_s = shift_s + overhang_s(speech.corpus)
+    length_s = speech.frame_length_s
     options = {"frame_shift_s": shift_s, "frame_length_s": length_s}
     found = phone_relations(speech.models[0].model, speech.inputs(), alignments, tell=tell, **options)
     result = {"phones": found.phones, "uniform": found.uniform, "heads": found.heads}

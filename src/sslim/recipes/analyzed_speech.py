@@ -15,8 +15,9 @@ from sslim import __version__
 from sslim.checkpoints import load_model
 from sslim.checkpoints.model_files import model_name, model_path, tensors_digest
 from sslim.config import to_plain
+from sslim.data.alignment import frame_length_s
 from sslim.data.corpus import Corpus
-from sslim.models.encoding import Inputs, corpus_inputs, num_model_frames
+from sslim.models.encoding import Inputs, corpus_inputs, give_features, num_model_frames
 from sslim.probes.evaluate import NamedModel
 from sslim.report.palette import printed
 from sslim.storage import write_json
@@ -74,8 +75,17 @@ class AnalyzedSpeech:
 
     @property
     def frame_shift_s(self) -> float:
+        """Seconds from one frame of the first model to the next."""
         frontend = self.models[0].model.frontend
-        return self.corpus.base_frame_shift_s if frontend is None else frontend.frame_shift_s
+        assert frontend is not None  # open_speech gave it one
+        return frontend.frame_shift_s
+
+    @property
+    def frame_length_s(self) -> float:
+        """Seconds of sound that a frame of the first model sees, see ``sslim.data.alignment.frame_length_s``."""
+        frontend = self.models[0].model.frontend
+        assert frontend is not None
+        return frame_length_s(frontend.config)
 
     @property
     def title(self) -> str:
@@ -114,6 +124,7 @@ def open_speech(models: Sequence[Path], corpus: Path, config: SpeechConfig, *, a
         raise ValueError(f"corpus {opened.name} has no split {config.split!r}; it has {', '.join(known) or 'none'}")
     chosen = np.array([i for i, split in enumerate(splits) if config.split in (None, split)], dtype=np.int64)
     for entry in named:
+        give_features(entry.model, opened)
         chosen = chosen[num_model_frames(entry.model, corpus_inputs(entry.model, opened, chosen)) >= MIN_FRAMES]
     if aligned:
         chosen = np.array([i for i in chosen.tolist() if opened.utterance(i).alignment], dtype=np.int64)

@@ -30,6 +30,7 @@ from sslim.compress.rows import prune_rows
 from sslim.config import to_plain
 from sslim.data.corpus import Corpus
 from sslim.models import SpeechModel
+from sslim.models.encoding import give_features
 from sslim.models.speech import with_settings
 from sslim.objectives import LogitDistillationConfig
 from sslim.profiling import Conditions
@@ -104,6 +105,7 @@ def run_compression(
     """
     is_main = Processes.of_environment().is_main
     say, whole = say if is_main else (lambda _: None), load_teacher(model_path)
+    give_features(whole.model, Corpus.open(corpus_folder))
     labels = _checked_labels(recipe, whole, corpus_folder, labels_name, say)
     on_main(lambda: claim(output, "recipe", {**_decisive(recipe), "labels": labels}, whole, corpus_folder))
     run = _Run(recipe=recipe, whole=whole, corpus=corpus_folder, labels=labels, output=output, say=say, is_main=is_main)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
-from sslim.audio import num_stacked_frames
 from sslim.config import OMIT_DEFAULT, to_plain
 from sslim.data.batching import BatchingConfig, BatchPlan, CorpusBatches, FrameFacts
 from sslim.data.corpus import Corpus
@@ -104,12 +102,11 @@ def frame_facts(corpus: Corpus, model: SpeechModel, *, waveforms: bool = False) 
         waveforms: Read waveforms in any case.
 
     Raises:
-        ValueError: The model takes features from outside and the corpus holds none of their width, or it needs waveforms that
-            the corpus does not have or has at another rate.
+        ValueError: The model has no front-end, or it needs waveforms that the corpus does not have or has at another rate.
     """
     frontend = model.frontend
     if frontend is None:
-        return _outside_facts(corpus, model)
+        raise ValueError(f"this {model.config.family} model has no front-end: nothing tells which features it takes")
     if not waveforms and reads_stored_features(model, corpus):
         return FrameFacts.of_features(frontend)
     if corpus.sample_rate != frontend.sample_rate:
@@ -123,23 +120,6 @@ def frame_facts(corpus: Corpus, model: SpeechModel, *, waveforms: bool = False) 
             "prepare it from audio"
         )
     return FrameFacts.of_waveform(frontend)
-
-
-def _outside_facts(corpus: Corpus, model: SpeechModel) -> FrameFacts:
-    """For a model without a front-end: whatever features are stored, as long as they are as wide as it takes them."""
-    projection = model.config.projection
-    if corpus.base_dim != projection.feature_dim:
-        held = f"{corpus.base_dim} features" if corpus.base_dim else "no features"
-        raise ValueError(
-            f"this {model.config.family} model takes {projection.feature_dim} features from outside, and corpus {corpus.name} "
-            f"holds {held} for each frame"
-        )
-    return FrameFacts(
-        hop=projection.stack,
-        unit_s=corpus.base_frame_shift_s,
-        frame_period_s=corpus.base_frame_shift_s * projection.stack,
-        num_frames=partial(num_stacked_frames, stack=projection.stack, tail="drop"),
-    )
 
 
 def _difference(corpus: Corpus, model: SpeechModel) -> str:

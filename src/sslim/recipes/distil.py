@@ -19,7 +19,7 @@ from sslim.data.batching import CorpusBatches, FrameFacts
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
 from sslim.models import ModelConfig, SpeechModel, build_model, with_head
-from sslim.models.encoding import reads_stored_features
+from sslim.models.encoding import give_features, reads_stored_features
 from sslim.nn.heads import HeadConfig
 from sslim.objectives import (
     Distillation,
@@ -251,6 +251,7 @@ def _with_cache(
 
 def _give_teacher_statistics(teacher: SpeechModel, corpus: Corpus, say: Callable[[str], None]) -> None:
     """Gives a teacher that brings no statistics those of the corpus, and says so: it was hardly trained with them."""
+    give_features(teacher, corpus)
     before = teacher.config
     give_statistics(teacher, corpus)
     if teacher.config != before:

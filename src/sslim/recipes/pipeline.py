@@ -27,6 +27,7 @@ from sslim.compress.strength import Found, reached_in_words, size_of, stopwatch,
 from sslim.config import ConfigError, from_plain, nearest, read_json, to_plain
 from sslim.data.corpus import Corpus
 from sslim.models import SpeechModel
+from sslim.models.encoding import give_features
 from sslim.models.speech import restore_statistics
 from sslim.models.storage import require_float
 from sslim.profiling import Conditions
@@ -261,6 +262,8 @@ def compress(
     if whole.model.config.search_space is not None:
         raise ValueError(f"{model_path} is a supernet: cut one of its subnets out first, with `sslim compress extract`")
     require_float(whole.model)
+    if corpus_folder is not None and whole.model.frontend is None:
+        give_features(whole.model, Corpus.open(corpus_folder))
     plan, is_main = to_plain(pipeline), Processes.of_environment().is_main
     changed = on_main(lambda: claim(output, "pipeline", plan, whole, corpus_folder, compared=partial(_begun, output)))
     with RunFolder(output).lock() if is_main else nullcontext():

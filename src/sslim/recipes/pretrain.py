@@ -21,6 +21,7 @@ from sslim.data.labels import LabelStore
 from sslim.frontends import SpectralFrontendConfig
 from sslim.models import ModelConfig, SpeechModel, build_model, with_head
 from sslim.models.causality import future_seen
+from sslim.models.encoding import give_features
 from sslim.nn.heads import HeadConfig
 from sslim.recipes.corpus_batches import DataConfig, frame_facts, make_batches, split_utterances
 from sslim.recipes.pretrain_tasks import TASKS, HeadRequest, PretrainObjective, PretrainTask
@@ -92,9 +93,6 @@ def check_data(corpus: Corpus, labels: LabelStore | None, model: SpeechModel, *,
         notes.append(f"the features of corpus {corpus.name} are not the model's: they are computed from its waveforms")
     if model.config.encoder.causal and (reason := future_seen(model.config)) is not None:
         notes.append(f"the model cannot be streamed, though its encoder is causal: {reason}")
-    if model.config.frontend is None and corpus.frontend_config is not None:
-        kind = corpus.frontend_config.features.kind
-        notes.append(f"the model has no front-end: it reads the features of corpus {corpus.name} ({kind}) as they are stored")
     return notes
 
 
@@ -167,9 +165,14 @@ def _check_kept_head(old: HeadConfig | None, needed: HeadConfig, owner: str) -> 
 
 
 def give_statistics(model: SpeechModel, corpus: Corpus) -> None:
-    """Gives a front-end that has none the mean and standard deviation of the corpus, where these are of its own features."""
+    """Gives a front-end that has none the mean and standard deviation of the corpus, where these are of its own features.
+
+    A model without a front-end gets the corpus's first.
+    """
+    give_features(model, corpus)
     frontend = model.frontend
-    if frontend is None or frontend.statistics_source is not None:
+    assert frontend is not None
+    if frontend.statistics_source is not None:
         return
     normalization = getattr(frontend.config, "normalization", None)
     if normalization is None or normalization.kind != "global":
@@ -303,6 +306,8 @@ def _plan(
     """Checks the data; returns micro-batches to train on, and to validate on where there are utterances for that."""
     waveforms = recipe.task.needs_waveforms(model.config, recipe.objective) or recipe.data.noise is not None
     seed = recipe.training.seed
+    if recipe.model.frontend is None and model.frontend is not None:
+        say(f"note: recipe {recipe.name} names no features: the model takes those of corpus {corpus.name}")
     for note in check_data(corpus, labels, model, waveforms=waveforms):
         say(f"note: {note}")
     train, valid = split_utterances(corpus, recipe.data, seed)

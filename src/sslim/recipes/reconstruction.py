@@ -144,7 +144,7 @@ def _tera_fmllr(size: str, num_layers: int) -> PretrainRecipe:
     return _published(
         f"tera-fmllr-{size}",
         "arXiv 2007.06028, S3PRL v0.1, 960 h, 1,000,000 updates of 12 utterances on one GPU",
-        tera(feature_dim=40, num_layers=num_layers),
+        tera(frontend=_features("fmllr40"), num_layers=num_layers),
         {"time_share": 0.15, "max_channels": 8, "noise_probability": 0.15},
         _whole(12, 15.0),
         steps=1_000_000,

@@ -14,7 +14,7 @@ import torch
 from sslim.batch import IGNORED_LABEL, Batch, Padded
 from sslim.checkpoints import load_model
 from sslim.config import read_json
-from sslim.data.alignment import frame_symbols, overhang_s
+from sslim.data.alignment import frame_length_s, frame_symbols
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore, align_labels
 from sslim.data.sources import split_role
@@ -66,7 +66,7 @@ def make_example(
     phones_T: np.ndarray | None = None
     names: tuple[str, ...] = ()
     if utterance.alignment:
-        symbols = list(frame_symbols(utterance.alignment, num_frames, period_s, period_s + overhang_s(corpus)))
+        symbols = list(frame_symbols(utterance.alignment, num_frames, period_s, frame_length_s(model.frontend.config)))
         names = tuple(sorted({symbol for symbol in symbols if symbol is not None}))
         phones_T = np.array([NO_PHONE if symbol is None else names.index(symbol) for symbol in symbols], dtype=np.int64)
     shown = slice(0, min(num_frames, round(SHOWN_S / period_s)))

@@ -32,6 +32,7 @@ from sslim.config import read_json, to_plain
 from sslim.data.corpus import Corpus
 from sslim.models import ModelConfig, SpeechModel
 from sslim.models.elastic import check_supernet, count_parameters, extract_model, subnet_config
+from sslim.models.encoding import give_features
 from sslim.models.search_space import SearchSpace, Subnet
 from sslim.profiling import Conditions, LatencyTable, count_macs, measure_latency
 from sslim.profiling.latency import check_device, measure_whole
@@ -136,9 +137,8 @@ def run_search(
     halves_of(corpus, recipe.fitness)  # refuses what is too little before anything is measured
     supernet_path, teacher_path = model_path(supernet_path), None if teacher_path is None else model_path(teacher_path)
     labels = None if labels_name is None else corpus.labels(label_set(corpus, labels_name))
-    if labels is None and teacher_path is None:
-        raise ValueError("a search needs a teacher, or labels for masked prediction")
-    teacher = None if labels is not None or teacher_path is None else load_model(teacher_path)
+    give_features(supernet, corpus)
+    teacher = None if labels is not None else _load_teacher(teacher_path, corpus)
     with only_one(output):
         table = _latency(recipe, supernet.config, output, say)
         settings = {
@@ -174,6 +174,14 @@ def _load_supernet(path: Path) -> tuple[SpeechModel, SearchSpace]:
     if supernet.config.search_space is None:
         raise ValueError(f"{path} is no supernet: it has no search space")
     return supernet, check_supernet(supernet.config)
+
+
+def _load_teacher(path: Path | None, corpus: Corpus) -> SpeechModel:
+    if path is None:
+        raise ValueError("a search needs a teacher, or labels for masked prediction")
+    teacher = load_model(path)
+    give_features(teacher, corpus)
+    return teacher
 
 
 def _as_trained(recipe: SearchRecipe, supernet_path: Path, corpus: Corpus, say: Callable[[str], None]) -> SearchRecipe:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,10 +19,12 @@ from sslim import __version__
 from sslim.checkpoints import load_model, save_model
 from sslim.checkpoints.model_files import model_path
 from sslim.config import from_plain, nearest, override, read_json, to_plain
+from sslim.data.batching import CorpusBatches
 from sslim.data.corpus import Corpus
 from sslim.data.labels import LabelStore
 from sslim.models import ModelConfig, SpeechModel, build_model, with_head
 from sslim.models.elastic import check_supernet, subnet_parameters
+from sslim.models.encoding import give_features
 from sslim.models.lighthubert import lighthubert
 from sslim.models.search_space import LIGHTHUBERT_BASE, LIGHTHUBERT_SMALL, SPACES, SearchSpace
 from sslim.models.speech import restore_statistics
@@ -36,7 +38,6 @@ from sslim.recipes.distil_recipes import mini_distillation
 from sslim.recipes.pretrain import label_set
 from sslim.recipes.small_runs import MINI_DATA, mini_training
 from sslim.training import OptimizerConfig, ScheduleConfig, Trainer, TrainerConfig, TrainingResult, join_processes
-from sslim.training.protocols import BatchSource
 
 Stage = Literal[1, 2]
 PREDICTION, MASK = "masked_prediction", "mask"
@@ -172,15 +173,13 @@ def train_supernet(
     with join_processes(training.device) as processes:
         say = say if processes.is_main else (lambda _: None)
         corpus, teacher = Corpus.open(corpus_folder), load_whole(teacher_path)
+        give_features(teacher, corpus)
         labels = None if labels_name is None else corpus.labels(label_set(corpus, labels_name))
         heads = _heads(recipe, teacher, labels)
         model, origin = initial_supernet(recipe, teacher, heads, init_from)
-        train, valid = split_utterances(corpus, recipe.data, training.seed)
-        sources = [
-            make_batches(corpus, labels, part, model, recipe.data, training.seed, shuffle=part is train) if len(part) else None
-            for part in (train, valid)
-        ]
-        say(_summary(recipe, model, stage, origin) + f"; {len(train):,} utterances to train on, {len(valid):,} to validate on")
+        give_features(model, corpus)
+        batches, validation, counts = _plan(recipe, corpus, labels, model, training.seed)
+        say(f"{_summary(recipe, model, stage, origin)}; {counts}")
         description = _described(replace(recipe, training=training, stage2={}), corpus, labels) | {
             "stage": stage,
             "teacher": str(teacher_path),
@@ -190,11 +189,11 @@ def train_supernet(
         model.provenance.append({"step": "supernet", "stage": stage, "recipe": recipe.name, "corpus": corpus.name})
         return Trainer(
             _objective(recipe, model, teacher, labels, stage),
-            cast(BatchSource, sources[0]),
+            batches,
             training,
             output,
             save_model=lambda folder: save_model(model, folder),
-            validation=sources[1],
+            validation=validation,
             description=description,
             may_change=MAY_CHANGE,
             processes=processes,
@@ -219,6 +218,16 @@ def _objective(
     else:
         inner = Distillation(model, teacher, recipe.objective, bf16=recipe.training.precision == "bf16")
     return inner if stage == 1 else OnceForAll(inner, recipe.once_for_all)
+
+
+def _plan(
+    recipe: SupernetRecipe, corpus: Corpus, labels: LabelStore | None, model: SpeechModel, seed: int
+) -> tuple[CorpusBatches, CorpusBatches | None, str]:
+    """Returns micro-batches to train on, to validate on where there are utterances for that, and how many there are of both."""
+    train, valid = split_utterances(corpus, recipe.data, seed)
+    batches = make_batches(corpus, labels, train, model, recipe.data, seed, shuffle=True)
+    validation = make_batches(corpus, labels, valid, model, recipe.data, seed, shuffle=False) if len(valid) else None
+    return batches, validation, f"{len(train):,} utterances to train on, {len(valid):,} to validate on"
 
 
 def _summary(recipe: SupernetRecipe, model: SpeechModel, stage: Stage, origin: str) -> str:

@@ -23,8 +23,7 @@ from sslim.data.alignment import frame_length_s
 from sslim.data.corpus import Corpus
 from sslim.frontends import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig, build_frontend
 from sslim.models import SpeechModel
-from sslim.models.encoding import corpus_inputs, length_batches, model_frame_shift_s, num_model_frames
-from sslim.models.stacking import padded_to_stacks
+from sslim.models.encoding import corpus_inputs, give_features, length_batches, num_model_frames
 
 BATCH_FRAMES = 20_000  # of front-end features: 6 MB for 80 of them
 BATCH_S = 60.0  # of padded speech through a model: every layer of 768 channels at 20 ms is then 9 MB
@@ -193,8 +192,9 @@ class LayerVectors:
             raise ValueError(
                 f"layer is {layer}; this model has layers 1 to {model.num_layers}, and 0 for the input of the first"
             )
-        frontend = model.frontend
-        self.frame_period_s = model_frame_shift_s(model, corpus)
+        give_features(model, corpus)
+        assert model.frontend is not None
+        self.frame_period_s = model.frontend.frame_shift_s
         if frame_period_s is not None and abs(frame_period_s - self.frame_period_s) > 1e-6:
             raise ValueError(
                 f"the model has a frame every {1000 * self.frame_period_s:g} ms, so its layers cannot be clustered every "
@@ -204,7 +204,7 @@ class LayerVectors:
         self._inputs = corpus_inputs(model, corpus, np.arange(len(corpus)))
         self._require_statistics(corpus)
         self.num_frames = num_model_frames(model, self._inputs)
-        self.frame_length_s = None if frontend is None else frame_length_s(frontend.config)
+        self.frame_length_s: float | None = frame_length_s(model.frontend.config)
         self.origin: dict[str, Any] = {"kind": "model", "layer": layer, "model_digest": model_digest(model)}
         self.statistics: dict[str, Tensor] = {}  # the model has its own
         self._max_padded = max(1, round(BATCH_S / self.frame_period_s))
@@ -238,9 +238,8 @@ class LayerVectors:
     def _finished(self, i: int) -> Tensor:
         """The encoder's input for one utterance, (T, F)."""
         frontend = self.model.frontend
+        assert frontend is not None
         values = self._inputs.read(i).to(next(self.model.parameters()).device)
-        if frontend is None:
-            return values
         lengths_1 = torch.tensor([len(values)], device=values.device)
         if self._inputs.is_waveform:
             if frontend.num_frames(len(values)) < 1:
@@ -249,19 +248,15 @@ class LayerVectors:
         return frontend.finish(Padded(values=values[None], lengths=lengths_1)).values[0]
 
     def _pieces(self, x_TF: Tensor) -> list[Tensor]:
-        stack = self.model.config.projection.stack
-        number = -(-len(x_TF) // (self._max_piece * stack))
-        if stack > 1 and number:  # whole stacks
-            return list(x_TF.split(-(-len(x_TF) // (number * stack)) * stack))
+        number = -(-len(x_TF) // self._max_piece)
         return list(torch.tensor_split(x_TF, number)) if number else []
 
     def _encode(self, pieces: list[Tensor]) -> list[Tensor]:
         encoded: dict[int, Tensor] = {}
-        stack = self.model.config.projection.stack
         for part in length_batches(np.array([len(piece) for piece in pieces], dtype=np.int64), self._max_padded):
             lengths_B = torch.tensor([len(pieces[p]) for p in part], device=pieces[0].device)
             padded = torch.nn.utils.rnn.pad_sequence([pieces[p] for p in part], batch_first=True)
-            layer_BTD = self.model.encode_features(padded_to_stacks(padded, stack), lengths_B).layers[self.layer]
+            layer_BTD = self.model.encode_features(padded, lengths_B).layers[self.layer]
             for row, p in enumerate(part):
-                encoded[p] = layer_BTD[row, : -(-len(pieces[p]) // stack)].float().cpu()
+                encoded[p] = layer_BTD[row, : len(pieces[p])].float().cpu()
         return [encoded[p] for p in range(len(pieces))]
