@@ -16,7 +16,8 @@ from torch import Tensor
 from sslim.audio import num_stacked_frames, read_audio
 from sslim.batch import EncoderOutput, Padded
 from sslim.data.corpus import Corpus
-from sslim.frontends import SpectralFrontendConfig, build_frontend
+from sslim.data.feature_presets import preset_name
+from sslim.frontends import SpectralFrontendConfig, StoredFeaturesConfig, build_frontend
 from sslim.frontends.config import same_base_features
 from sslim.models.speech import SpeechModel
 from sslim.models.stacking import padded_to_stacks
@@ -45,6 +46,17 @@ def reads_stored_features(model: SpeechModel, corpus: Corpus) -> bool:
     """Whether the base features of ``corpus`` are those the model's front-end would compute."""
     stored, frontend = corpus.frontend_config, model.config.frontend
     return stored is not None and isinstance(frontend, SpectralFrontendConfig) and same_base_features(stored, frontend)
+
+
+def check_computable(model: SpeechModel, corpus: Corpus) -> None:
+    """Raises ValueError where a model's features were made elsewhere and are not those of the corpus: no sound gives them."""
+    features = getattr(model.config.frontend, "features", None)
+    if isinstance(features, StoredFeaturesConfig):
+        held = "none" if corpus.frontend_config is None else preset_name(corpus.frontend_config) or "others"
+        raise ValueError(
+            f"this {model.config.family} model takes {features.name} features, which cannot be computed from sound, and corpus "
+            f"{corpus.name} holds {held}: prepare one of stored {features.name} features"
+        )
 
 
 def give_features(model: SpeechModel, corpus: Corpus) -> None:
@@ -83,7 +95,8 @@ def corpus_inputs(
         waveforms: Read waveforms in any case.
 
     Raises:
-        ValueError: The model has no front-end: :func:`give_features` gives it that of a corpus.
+        ValueError: The model has no front-end (:func:`give_features` gives it that of a corpus), or takes stored features that
+            are not the corpus's.
     """
     indices = np.asarray(indices, dtype=np.int64)
     if model.frontend is None:
@@ -95,6 +108,7 @@ def corpus_inputs(
 
         lengths = np.asarray(corpus.num_frames)[indices]
         return Inputs(lengths=lengths, unit_s=corpus.base_frame_shift_s, read=read_features, is_waveform=False)
+    check_computable(model, corpus)
     rate = model.frontend.sample_rate
 
     def read_waveform(position: int) -> Tensor:

@@ -10,11 +10,13 @@ import numpy as np
 from sslim.config import OMIT_DEFAULT, to_plain
 from sslim.data.batching import BatchingConfig, BatchPlan, CorpusBatches, FrameFacts
 from sslim.data.corpus import Corpus
+from sslim.data.feature_presets import preset_name
 from sslim.data.labels import LabelStore
 from sslim.data.noise import Noise, NoiseConfig
 from sslim.data.sources import SPLIT_ROLES, split_role
+from sslim.frontends import SpectralFrontendConfig
 from sslim.models import SpeechModel
-from sslim.models.encoding import reads_stored_features
+from sslim.models.encoding import check_computable, reads_stored_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ def frame_facts(corpus: Corpus, model: SpeechModel, *, waveforms: bool = False) 
         raise ValueError(f"this {model.config.family} model has no front-end: nothing tells which features it takes")
     if not waveforms and reads_stored_features(model, corpus):
         return FrameFacts.of_features(frontend)
+    check_computable(model, corpus)
     if corpus.sample_rate != frontend.sample_rate:
         raise ValueError(
             f"corpus {corpus.name} was prepared at {corpus.sample_rate} Hz, the model reads waveforms at "
@@ -124,13 +127,15 @@ def frame_facts(corpus: Corpus, model: SpeechModel, *, waveforms: bool = False) 
 
 def _difference(corpus: Corpus, model: SpeechModel) -> str:
     """Why stored features will not do."""
-    assert model.frontend is not None
-    features = getattr(model.frontend.config, "features", None)
-    if features is None:
+    config = model.config.frontend
+    if not isinstance(config, SpectralFrontendConfig):
         return "its front-end is learnt"
     if corpus.frontend_config is None:
         return "no features are stored"
-    stored, needed = to_plain(corpus.frontend_config.features), to_plain(features)
+    stored, needed = to_plain(corpus.frontend_config.features), to_plain(config.features)
+    if stored.get("kind") != needed.get("kind"):
+        names = [preset_name(each) or each.features.kind for each in (corpus.frontend_config, config)]
+        return f"its features are {names[0]}, the model's {names[1]}"
     if reads_stored_features(model, corpus):
         return "its target or the noise for it is made of waveforms"
     if stored == needed:

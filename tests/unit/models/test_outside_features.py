@@ -86,3 +86,14 @@ def test_extraction_and_a_saved_model_agree(corpora: dict[str, Corpus], tmp_path
     waveform_BS = torch.from_numpy(np.array(corpus.waveform(0)))[None]
     with torch.inference_mode():
         assert (model.encode(waveform_BS).final[0] - stored[0]).abs().max() < 0.02
+
+
+def test_features_from_elsewhere_are_not_asked_of_sound(
+    corpora: dict[str, Corpus], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forty channels are not forty fMLLR features."""
+    corpus, output = corpora["melhubert"], tmp_path / "run"
+    assert main(["pretrain", "tera-fmllr-base", str(corpus.path), "--output", str(output), "--steps", "1"]) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "takes fMLLR features, which cannot be computed from sound, and corpus audio holds melhubert@1" in said
+    assert not output.exists()
