@@ -81,3 +81,14 @@ def test_objectives_that_do_not_fit_are_refused_in_one_sentence(
         == 2
     )
     assert "autoregressive prediction needs a causal encoder" in capsys.readouterr().err
+
+
+def test_a_run_of_which_nothing_is_scored_ends_with_a_sentence(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No utterance is as long as what is predicted is away."""
+    common = ("pretrain", "apc-tiny", corpus.path, "--output", tmp_path / "run", "--threads", 1, "--steps", 3)
+    assert run(*common, "--set", "objective.shift=500") != 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "training stops after 3 skipped steps in a row; the last: step 2 is skipped: nothing in it is scored" in error
+    assert not (tmp_path / "run" / "model").exists()

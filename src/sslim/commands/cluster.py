@@ -118,7 +118,9 @@ def _model(options: Options) -> SpeechModel | None:
         raise ValueError("--model needs --layer: which of its layers to cluster (MelHuBERT's stage 2 takes layer 8 of 12)")
     from sslim.checkpoints import load_model
     from sslim.checkpoints.model_files import model_path
+    from sslim.profiling.latency import check_device
 
+    check_device(options.device)
     return load_model(model_path(options.model), statistics=options.statistics).to(options.device)
 
 

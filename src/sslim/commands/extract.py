@@ -53,7 +53,9 @@ def main(options: Options) -> None:
     from sslim.checkpoints import load_model
     from sslim.checkpoints.model_files import model_path, tensors_digest
     from sslim.export import ExtractConfig, extract
+    from sslim.profiling.latency import check_device
 
+    check_device(options.device)
     if not options.audio:
         raise ValueError("name at least one audio file, folder or corpus to extract from")
     console = Console(stderr=True, highlight=False)

@@ -143,6 +143,8 @@ def _check(options: Options) -> None:
         raise ValueError(f"--steps {options.steps} is for --protocol {S3PRL}; ours trains until dev no longer gets better")
     if options.classifier != "mlp" and options.hidden_dim is not None:
         raise ValueError(f"--hidden-dim {options.hidden_dim} is for --classifier mlp, not {options.classifier}")
+    if options.hidden_dim is not None and options.hidden_dim < 1:
+        raise ValueError(f"--hidden-dim is {options.hidden_dim}; expected 1 or more")
     if options.classifier == "concat" and options.task not in ("phones", "speaker-frames"):
         raise ValueError(f"--classifier concat lays nine frames end to end, and the task {options.task} has no frames")
     if options.save_model is not None and options.save_model.exists() and not options.save_model.is_dir():
@@ -162,7 +164,7 @@ def probe_config(options: Options) -> ProbeConfig:
     like_s3prl = options.protocol == S3PRL
     pooling, max_frames = ("mean", 0) if like_s3prl else ("mean-std", MAX_FRAMES)
     layer = ("mean" if options.weighted_sum else "last") if like_s3prl else "mix"
-    hidden_dim = options.hidden_dim or (S3PRL_HIDDEN_DIM if like_s3prl else HIDDEN_DIM)
+    hidden_dim = options.hidden_dim or (S3PRL_HIDDEN_DIM if like_s3prl else HIDDEN_DIM)  # 0 was refused
     special: dict[str, Any] = {}
     if like_s3prl:
         num_steps = S3PRL_STEPS if options.steps is None else options.steps
@@ -215,7 +217,9 @@ def _named(path: Path, options: Options) -> NamedModel:
     from sslim.checkpoints import load_model
     from sslim.checkpoints.model_files import model_name, model_path, tensors_digest
     from sslim.probes import NamedModel
+    from sslim.profiling.latency import check_device
 
+    check_device(options.device)
     place = model_path(path)
     model = load_model(place, statistics=options.statistics).to(options.device)
     return NamedModel(name=model_name(place), model=model, path=str(place), digest=tensors_digest(place))

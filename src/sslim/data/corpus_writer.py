@@ -93,7 +93,7 @@ def begun(folder: Path, signature: Mapping[str, Any]) -> Iterator[None]:
         CorpusWriter.begin(folder, dict(signature))
     try:
         yield
-    except ValueError:
+    except Exception:
         if begins and [path.name for path in folder.iterdir()] == [layout.PREPARATION]:
             (folder / layout.PREPARATION).unlink()
         raise

@@ -11,8 +11,9 @@ Both become segments in seconds; ``sslim.data.alignment`` then finds the one tha
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ class PhoneAlignments:
 
     Attributes:
         kind: ``cpc`` (symbols are whole numbers, ``"0"`` to ``"40"``) or ``montreal`` (phone names).
-        ids: Utterances that have an alignment.
+        ids: Names of the utterances that have an alignment; of files, their paths without suffix.
         unaligned: Utterances that the aligner gave up on, where the source lists them.
         read: Utterance id to its segments, in the order of time; KeyError without one, AlignmentError when it is malformed.
     """
@@ -46,9 +47,14 @@ class PhoneAlignments:
     ids: frozenset[str]
     unaligned: frozenset[str]
     read: Callable[[str], tuple[Segment, ...]]
+    _by_last: dict[str, str] = field(default_factory=dict, repr=False)  # what follows the last / -> the one name that ends so
+
+    def __post_init__(self) -> None:
+        lasts = Counter(name.rpartition("/")[2] for name in self.ids)
+        self._by_last.update({last: name for name in self.ids if lasts[last := name.rpartition("/")[2]] == 1})
 
     def get(self, utterance_id: str) -> tuple[Segment, ...] | None:
-        """Returns the segments of an utterance, found by its id or by what follows the last ``/`` of it; None without any.
+        """Returns the segments of an utterance, None without any; see :meth:`name_of`.
 
         Raises:
             AlignmentError: Its alignment is malformed.
@@ -57,11 +63,14 @@ class PhoneAlignments:
         return None if name is None else self.read(name)
 
     def name_of(self, utterance_id: str) -> str | None:
-        """Returns the name under which an utterance is aligned, None when it is not."""
-        for name in (utterance_id, utterance_id.rpartition("/")[2]):
-            if name in self.ids and name not in self.unaligned:
-                return name
-        return None
+        """Returns the name under which an utterance is aligned, None when it is not.
+
+        It is the utterance's id, or the only name that has the same part after the last ``/``.
+        """
+        last = utterance_id.rpartition("/")[2]
+        if self.unaligned & {utterance_id, last}:
+            return None
+        return utterance_id if utterance_id in self.ids else self._by_last.get(last)
 
 
 def read_phone_alignments(path: str | Path) -> PhoneAlignments:
@@ -170,26 +179,22 @@ def cpc_segments(labels_T: np.ndarray) -> tuple[Segment, ...]:
 
 
 def read_montreal_alignments(folder: str | Path) -> PhoneAlignments:
-    """Opens a folder of files named after their utterances, in folders of any depth.
+    """Opens a folder of files named after their utterances, in folders of any depth, as the audio's or not.
 
     They are TextGrids, or text files whose lines are ``start end phone``; beside TextGrids, text files are transcripts. A file
     ``unaligned.txt`` in any of the folders lists utterances without an alignment, the first word of each line.
 
     Raises:
-        AlignmentError: There are none, or two are of the same utterance.
+        AlignmentError: There are none.
     """
-    paths = sorted(Path(folder).rglob("*"))
+    folder = Path(folder)
+    paths = sorted(folder.rglob("*"))
     lists = [path for path in paths if path.name == UNALIGNED_FILE]
     unaligned = {line.split()[0] for path in lists for line in _text_lines(path) if line.strip()}
     grids = [path for path in paths if path.suffix.lower() == ".textgrid"]
     texts = [path for path in paths if path.suffix == ".txt" and path not in lists]
-    files: dict[str, Path] = {}
-    for path in grids or texts:
-        if path.name.endswith(".trans.txt"):
-            continue  # LibriSpeech's transcripts, where alignments lie beside the sound
-        if path.stem in files:
-            raise AlignmentError(f"{files[path.stem]} and {path} are both of the utterance {path.stem!r}")
-        files[path.stem] = path
+    texts = [path for path in texts if not path.name.endswith(".trans.txt")]  # transcripts, where the sound lies here too
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in grids or texts}
     if not files:
         raise AlignmentError(
             f"{folder} holds no alignments: neither {CPC_FILE} nor the Montreal aligner's UTTERANCE.TextGrid or UTTERANCE.txt"
@@ -266,10 +271,15 @@ def with_alignments(source: Source, alignments: PhoneAlignments, name: str) -> S
         name: What to call the alignments in a sentence.
 
     Raises:
-        AlignmentError: Not one utterance has an alignment there.
+        AlignmentError: Not one utterance has an alignment there, or two have the same.
     """
     utterances = list(source.utterances)
-    found = _count(alignments.name_of(utterance.id) is not None for utterance in utterances)
+    owners: dict[str, str] = {}
+    for utterance in utterances:
+        aligned = alignments.name_of(utterance.id)
+        if aligned is not None and owners.setdefault(aligned, utterance.id) != utterance.id:
+            raise AlignmentError(f"{name} has one alignment {aligned!r} for both {owners[aligned]!r} and {utterance.id!r}")
+    found = len(owners)
     if found == 0:
         example = utterances[0].id if utterances else "none"
         raise AlignmentError(
@@ -279,7 +289,3 @@ def with_alignments(source: Source, alignments: PhoneAlignments, name: str) -> S
     note = f"{found:,} of {len(utterances):,} utterances have phones of {name}"
     notes = [source.note, note] if source.note else [note]
     return replace(source, utterances=_Aligned(utterances, alignments), num_utterances=len(utterances), note="; ".join(notes))
-
-
-def _count(values: Iterable[bool]) -> int:
-    return sum(map(bool, values))

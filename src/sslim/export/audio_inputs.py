@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from sslim.audio import AudioError, audio_info, num_resampled_samples, read_audio
+from sslim.data.audio_sources import AUDIO_SUFFIXES, audio_files
 from sslim.data.corpus import DESCRIPTION, Corpus
 from sslim.models.encoding import Inputs, corpus_inputs, give_features
 from sslim.models.speech import SpeechModel
-
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph", ".w64", ".caf"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ def find_audio(arguments: Sequence[Path]) -> list[tuple[str, Path]]:
     stems, paths = [], []
     for argument in arguments:
         if argument.is_dir():
-            found = sorted(p for p in argument.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+            found = sorted(audio_files(argument))
             if not found:
                 raise ValueError(
                     f"{argument} holds no audio files ({', '.join(sorted(AUDIO_SUFFIXES))}) and is no corpus folder"

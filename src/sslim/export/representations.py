@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -61,6 +62,12 @@ class ExtractConfig:
     max_bad: float = 0.01
     frame_period_ms: float | None = None
     stream_chunk_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.batch_s < math.inf:
+            raise ValueError(f"batch_s is {self.batch_s}; expected seconds of audio above 0")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad is {self.max_bad}; expected a share of the utterances, 0 to 1")
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[str, ...]:
@@ -165,7 +172,7 @@ def extract(
 
     Raises:
         ValueError: Nothing to read, unknown layer, a model that cannot be streamed where it is to be, a frame period that the
-            something else.
+            model's does not divide, or a folder that holds something else.
         TooManyBadError: More than ``max_bad`` of the utterances could not be read; the others are written.
     """
     keys = parse_layers(config.layers, model.num_layers)

@@ -50,6 +50,11 @@ def whole_utterance_needed(config: FrontendConfig) -> str | None:
     filterbank = features if isinstance(features, FilterbankConfig) else features.filterbank
     if not filterbank.snip_edges:
         return "its frames are centred and mirror the waveform's ends (frontend.features.snip_edges False); expected True"
+    if filterbank.frame_shift_ms > filterbank.frame_length_ms:
+        return (
+            f"its frames skip sound (frontend.features.frame_shift_ms {filterbank.frame_shift_ms:g}, frame_length_ms "
+            f"{filterbank.frame_length_ms:g}); expected a shift within the length"
+        )
     if config.deltas and config.delta_kind != "regression":
         return (
             f"its first deltas are those of a later window (frontend.delta_kind {config.delta_kind!r}); expected 'regression'"

@@ -112,12 +112,10 @@ class FrameNorm(nn.Module):
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
         with torch.autocast(x_BTD.device.type, enabled=False):
             x_BTD = x_BTD.float()
-            if not self.training:
+            frames_MD = x_BTD.flatten(0, 1) if valid_BT is None else x_BTD[valid_BT]
+            if not self.training or len(frames_MD) < 2:  # one frame has no variance
                 scale_D = self.weight * (self.running_var + EPS).rsqrt()
                 return torch.addcmul(self.bias - self.running_mean * scale_D, x_BTD, scale_D)
-            frames_MD = x_BTD.flatten(0, 1) if valid_BT is None else x_BTD[valid_BT]
-            if len(frames_MD) < 2:
-                raise ValueError(f"a batch of {len(frames_MD)} frames has no variance: batch norm needs 2 or more to train on")
             normed_MD = F.batch_norm(
                 frames_MD,
                 self.running_mean,

@@ -237,7 +237,8 @@ class Reconstruction(nn.Module):
 
     def forward(self, prepared: PreparedReconstruction, totals: dict[str, Tensor]) -> StepOutput:
         """Loss over this micro-batch's share of the elements that ``totals`` counts over the whole step."""
-        difference_BTO = self.restore(prepared.inputs).float() - prepared.target_BTO
+        restored_BTO = self.restore(prepared.inputs)
+        difference_BTO = restored_BTO.to(torch.promote_types(restored_BTO.dtype, torch.float32)) - prepared.target_BTO
         real_BT1 = valid_mask(prepared.lengths_B, difference_BTO.shape[1])[..., None]
         scored_BTO = (prepared.time_BT[..., None] | prepared.channels_BO[:, None]) & real_BT1
         error_BTO = self._distance(difference_BTO)

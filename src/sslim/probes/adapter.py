@@ -33,7 +33,7 @@ class ForwardAdapter:
         name: For the table.
         forward: (B, S) float32 waveforms in [-1, 1] to (B, T, D) frames, or to a list of such tensors of equal T and D, one for
             each layer. With ``batched`` it takes (B,) int64 numbers of samples as well and returns a pair: the same, and (B,)
-            numbers of valid frames. A module is run in eval mode and without gradients.
+            numbers of valid frames. A module, or that of a bound method, is put into eval mode and run without gradients.
         output_dim: D.
         frame_shift_s: Seconds from one frame to the next.
         sample_rate: In Hz; audio is brought to it.
@@ -69,8 +69,9 @@ class ForwardAdapter:
         """
         lengths_B = torch.tensor([len(waveform) for waveform in waveforms], device=self.device)
         padded_BS = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(self.device)
-        if isinstance(self.forward, nn.Module):
-            self.forward.eval()
+        owner = self.forward if isinstance(self.forward, nn.Module) else getattr(self.forward, "__self__", None)
+        if isinstance(owner, nn.Module):
+            owner.eval()
         with torch.inference_mode():
             if not self.batched:
                 layers = self._checked(self.forward(padded_BS), len(waveforms))
@@ -78,14 +79,27 @@ class ForwardAdapter:
             output, num_frames_B = self.forward(padded_BS, lengths_B)
         layers = self._checked(output, len(waveforms))
         counts = [int(count) for count in num_frames_B]
-        if len(counts) != len(waveforms) or max(counts) > layers.shape[2]:
+        if len(counts) != len(waveforms) or min(counts) < 0 or max(counts) > layers.shape[2]:
             raise ValueError(
                 f"{self.name} gives the frame counts {counts} for {len(waveforms)} rows of {layers.shape[2]} frames"
             )
         return [layers[:, row, :count].float().cpu() for row, count in enumerate(counts)]
 
+    def _check_period(self, num_frames: int, num_samples: int, corpus: Corpus, index: int) -> None:
+        """Raises ValueError where the frames of an utterance do not fill it at the period that was named."""
+        seconds = num_samples / self.sample_rate
+        window_s = self.frame_shift_s if self.frame_length_s is None else self.frame_length_s
+        missing_s = seconds - num_frames * self.frame_shift_s
+        if abs(missing_s) > window_s + 2 * self.frame_shift_s + 0.02 * seconds:
+            raise ValueError(
+                f"{self.name} gives {num_frames} frames for the {seconds:.2f} s of {corpus.utterance(index).id}: one every "
+                f"{1000 * seconds / max(1, num_frames):.3g} ms, not every {1000 * self.frame_shift_s:g} (frame_shift_s)"
+            )
+
     def _checked(self, output: Any, batch_size: int) -> Tensor:
         """Returns (L, B, T, D)."""
+        if not isinstance(output, Tensor | list | tuple):
+            raise ValueError(f"{self.name} gives {type(output).__name__}; expected a tensor, or a list of them")
         layers = [output] if isinstance(output, Tensor) else list(output)
         for layer in layers:
             if not isinstance(layer, Tensor) or layer.dim() != 3 or layer.shape[::2] != (batch_size, self.output_dim):
@@ -109,7 +123,8 @@ class ForwardAdapter:
             max_samples = batch_s * corpus.sample_rate if self.batched else 0
             for batch in length_batches(corpus.num_samples[indices], max_samples):
                 waveforms = [torch.from_numpy(waveform_at(corpus, int(indices[p]), self.sample_rate)) for p in batch]
-                for position, x_LTD in zip(batch, self.run(waveforms), strict=True):
+                for position, waveform_S, x_LTD in zip(batch, waveforms, self.run(waveforms), strict=True):
+                    self._check_period(x_LTD.shape[1], len(waveform_S), corpus, int(indices[position]))
                     counted[int(indices[position])] = x_LTD.shape[1]
                     yield position, x_LTD
 

@@ -73,7 +73,12 @@ def split_by_lists(ids: Sequence[str], folder: Path, seed: int) -> tuple[dict[st
     if shared := set(train_list) & set(test_list):
         raise ValueError(f"the lists in {folder} share {len(shared):,} utterances, {min(shared)!r} for example")
     train, dev = shuffled_train_and_dev(train_list, seed)
-    position = {name.rpartition("/")[2]: place for place, name in enumerate(ids)}
+    position: dict[str, int] = {}
+    for place, utterance in enumerate(ids):
+        name = utterance.rpartition("/")[2]
+        if name in position:
+            raise ValueError(f"{ids[position[name]]!r} and {utterance!r} are both {name!r} to the lists in {folder}")
+        position[name] = place
     parts = {}
     for name, members in (("train", train), ("dev", dev), ("test", test_list)):
         found = [position[member] for member in members if member in position]

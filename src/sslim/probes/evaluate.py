@@ -36,7 +36,7 @@ from sslim.probes.layers import ALL, MIX, check_layer, row_layers, with_layers
 from sslim.probes.protocol import Groups, Parts, SplitConfig, divide
 from sslim.probes.published import PublishedConfig, fit_published, published_task
 from sslim.probes.result_card import build_card, build_row
-from sslim.probes.selection import Fitted, fit, fit_leaving_out
+from sslim.probes.selection import Fitted, check_parts, fit, fit_leaving_out
 from sslim.probes.tasks import Task, load_task
 
 # Frames are many and one pass over them is long: larger batches, higher rates (the average of an epoch takes out their noise).
@@ -347,6 +347,8 @@ def probe(
     splits, speakers = ([corpus.column(name)[i] for i in chosen] for name in ("split", "speaker"))
     ids = corpus.ids() if config.split.source == "cpc" else []
     division = divide(task.classes_N, splits, speakers, config.split, [ids[i] for i in chosen] if ids else [])
+    if isinstance(division, Parts):  # said before anything is trained
+        check_parts(training=division.train, dev=division.dev, test=division.test)
     classifier = replace(ClassifierConfig() if task.unit == "utterance" else FRAME_CLASSIFIER, hidden_dim=config.hidden_dim)
     plan = _Plan(corpus=corpus, task=task, division=division, config=config, classifier=classifier, adapt=adapt, tell=tell)
     rows, by_chance = [], 0.0

@@ -157,7 +157,11 @@ def frame_features(representation: Representation, corpus: Corpus, indices: np.n
             raise ValueError(f"{utterance}: {representation.name} gives {x_LTD.shape[1]} frames, {stop - start} were expected")
         if store is None:
             store = _frame_store((len(x_LTD), int(offsets[-1]), x_LTD.shape[-1]))
-        store[:, start:stop] = _checked(x_LTD.half(), representation, corpus, indices[position])
+        _checked(x_LTD, representation, corpus, indices[position])
+        if x_LTD.numel() and x_LTD.abs().max() > torch.finfo(torch.float16).max:
+            utterance = corpus.utterance(int(indices[position])).id
+            raise ValueError(f"{representation.name} gives features beyond the range of float16 for utterance {utterance}")
+        store[:, start:stop] = x_LTD.half()
     assert store is not None, "frame_features needs at least one utterance"
     return store, offsets
 

@@ -8,7 +8,7 @@ dev speaker, 56 % with all five).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -40,7 +40,7 @@ class Fitted:
         return {name: value} | ({"epochs": epochs} if epochs else {})
 
 
-def check_parts(**parts: Examples) -> None:
+def check_parts(**parts: Sized) -> None:
     """Raises ValueError for a part without examples."""
     for name, examples in parts.items():
         if not len(examples):

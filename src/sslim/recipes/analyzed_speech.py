@@ -19,6 +19,7 @@ from sslim.data.alignment import frame_length_s
 from sslim.data.corpus import Corpus
 from sslim.models.encoding import Inputs, corpus_inputs, give_features, num_model_frames
 from sslim.probes.evaluate import NamedModel
+from sslim.profiling.latency import check_device
 from sslim.report.palette import printed
 from sslim.storage import write_json
 
@@ -49,6 +50,7 @@ class SpeechConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         if self.num_utterances < 1:
             raise ValueError(f"num_utterances is {self.num_utterances}; an analysis needs at least 1 utterance")
 

@@ -34,7 +34,9 @@ class StepOutcome:
     """What a step gave on this process.
 
     Attributes:
-        updated: Whether the parameters were updated; False when the loss or a gradient of any process is not finite.
+        updated: Whether the parameters were updated; False when the loss or a gradient of any process is not finite, or nothing
+            of the step is scored.
+        scored: Whether anything of the step, on any process, is scored.
         losses: Of each micro-batch, its share of the step's loss.
         gradient_norm: Before clipping, of the whole step.
         sums: Metrics of the micro-batches.
@@ -44,6 +46,7 @@ class StepOutcome:
     losses: list[float]
     gradient_norm: float
     sums: Sums
+    scored: bool = True
 
 
 def suspects(batches: list[Batch], outcome: StepOutcome, processes: Processes) -> list[str]:
@@ -102,12 +105,15 @@ class Engine:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.objective(prepared, totals)
 
-    def _totals(self, weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Adds weights up over micro-batches and processes; at least 1, so that an empty term is divided by something."""
+    def _totals(self, weights: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
+        """Adds weights up over micro-batches and processes; tells whether there are any.
+
+        Each sum is at least 1, so that an empty term is divided by something.
+        """
         names = sorted(weights[0])
         rows = [torch.stack([part[name].to(torch.float64) for name in names]) for part in weights]
-        sums = self.processes.sum(torch.stack(rows).sum(0)).clamp(min=1.0).float()
-        return dict(zip(names, sums, strict=True))
+        sums = self.processes.sum(torch.stack(rows).sum(0))
+        return dict(zip(names, sums.clamp(min=1.0).float(), strict=True)), bool(sums.any())
 
     def train_step(self, batches: list[Batch], step: int, learning_rate: float) -> StepOutcome:
         """Computes gradients of this process's micro-batches and updates the parameters once.
@@ -123,7 +129,9 @@ class Engine:
         losses, sums = [], Sums(self.device)
         try:
             prepared = [self._prepare(batch, step, j) for batch, j in zip(batches, micro, strict=True)]
-            totals = self._totals([item.weights for item in prepared])
+            totals, scored = self._totals([item.weights for item in prepared])
+            if not scored:
+                return StepOutcome(updated=False, losses=[0.0] * len(batches), gradient_norm=0.0, sums=sums, scored=False)
             for item, j in zip(prepared, micro, strict=True):
                 output = self._forward(item, totals, step, j)
                 output.loss.backward()

@@ -224,13 +224,14 @@ class Trainer:
     def _tell_skipped(self, batches: list[Batch], outcome: StepOutcome) -> None:
         names = suspects(batches, outcome, self.processes)
         told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        norm, in_a_row = outcome.gradient_norm, self.state.bad_in_a_row
-        sentence = (
-            f"step {self.state.step} is skipped: its loss or gradient is not finite (gradient norm {norm}), utterances {told}"
-        )
-        self._event("non_finite", sentence, utterances=names[:16])
-        if in_a_row >= self.config.max_bad_steps:
-            raise TrainingError(f"training stops after {in_a_row} steps in a row that are not finite; the last: {sentence}")
+        in_a_row = self.state.bad_in_a_row
+        fault = f"its loss or gradient is not finite (gradient norm {outcome.gradient_norm})"
+        if not outcome.scored:
+            fault = "nothing in it is scored, so there is nothing to learn from"
+        sentence = f"step {self.state.step} is skipped: {fault}, utterances {told}"
+        self._event("non_finite" if outcome.scored else "unscored", sentence, utterances=names[:16])
+        if in_a_row >= min(self.config.max_bad_steps, self.total_steps or self.config.max_bad_steps):
+            raise TrainingError(f"training stops after {in_a_row} skipped steps in a row; the last: {sentence}")
 
     def _event(self, name: str, sentence: str, **facts: Any) -> None:
         self.log.write({"step": self.state.step, "kind": "event", "event": name, "message": sentence, **facts})

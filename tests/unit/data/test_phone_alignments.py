@@ -16,8 +16,9 @@ from sslim.data.phone_alignments import (
     read_cpc_labels,
     read_montreal_alignments,
     read_phone_alignments,
+    with_alignments,
 )
-from sslim.data.sources import Segment
+from sslim.data.sources import Segment, Source, SourceUtterance
 
 NUM_SAMPLES = 16000
 
@@ -144,7 +145,7 @@ def test_textgrids_are_read_and_text_beside_them_is_not(tmp_path: Path, tier: st
     (tmp_path / "14" / "14-208-0000.TextGrid").write_bytes(textgrid("words", tier, encoding=encoding))
     (tmp_path / "14" / "14-208-0000.txt").write_text("WHAT WAS SAID\n")
     found = read_phone_alignments(tmp_path)
-    assert (found.kind, found.ids) == ("montreal", {"14-208-0000"})
+    assert (found.kind, found.ids) == ("montreal", {"14/14-208-0000"})
     assert found.get("14-208-0000") == (
         Segment(symbol="sil", start_s=0.0, end_s=0.12),
         Segment(symbol="AH0", start_s=0.12, end_s=0.5),
@@ -176,8 +177,16 @@ def test_what_holds_no_alignments_is_refused(tmp_path: Path) -> None:
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("0 1 sil\n")
-    with pytest.raises(ValueError, match="both of the utterance 'a'"):
-        read_phone_alignments(tmp_path)
+    found = read_phone_alignments(tmp_path)  # folders as the audio's
+    assert (found.name_of("x/a"), found.name_of("y/a"), found.name_of("a"), found.name_of("z/a")) == ("x/a", "y/a", None, None)
+
+
+def test_one_alignment_is_not_given_to_two_utterances(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0 1 sil\n")
+    utterances = [SourceUtterance(id=f"{split}/a") for split in ("train", "dev")]
+    source = Source(name="made", utterances=utterances, num_utterances=2)
+    with pytest.raises(ValueError, match="one alignment 'a' for both 'train/a' and 'dev/a'"):
+        with_alignments(source, read_phone_alignments(tmp_path), "those")
 
 
 def test_prepare_puts_phones_into_the_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -304,6 +304,7 @@ def test_memory_is_bounded_by_windows() -> None:
         ),
         (lambda: frontend(normalization=NormalizationConfig(kind="speaker")), "kind 'speaker'.; expected 'global' or 'none'"),
         (lambda: frontend(features=FilterbankConfig(snip_edges=False)), "snip_edges False.; expected True"),
+        (lambda: frontend(features=FilterbankConfig(frame_shift_ms=12.0, frame_length_ms=10.0)), "its frames skip sound"),
         (lambda: frontend(features=StftConfig(num_mel_bins=40)), "kind 'stft'.; expected 'filterbank'"),
         (lambda: frontend(deltas=1, delta_kind="savitzky_golay"), "kind 'savitzky_golay'.; expected 'regression'"),
         (lambda: replace(convolutional(), frontend=replace(convolutional().frontend, norm="group")), "norm 'group'"),

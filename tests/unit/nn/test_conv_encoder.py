@@ -110,8 +110,10 @@ def test_batch_norm_takes_statistics_of_real_frames_alone():
         torch.testing.assert_close(getattr(norm, name), getattr(reference, name))
     norm.eval(), reference.eval()
     torch.testing.assert_close(norm(x_BTD, None).flatten(0, 1), reference(x_BTD.flatten(0, 1)))
-    with pytest.raises(ValueError, match="a batch of 1 frames has no variance"):
-        norm.train()(x_BTD[:1, :1], None)
+    before = norm.running_var.clone()
+    alone = norm.train()(x_BTD[:1, :1], None)  # one frame has no variance: the running statistics serve
+    torch.testing.assert_close(alone, norm.eval()(x_BTD[:1, :1], None))
+    assert torch.equal(norm.running_var, before)
 
 
 def test_in_training_frames_of_one_batch_share_statistics_and_hidden_taps_learn_nothing():

@@ -84,3 +84,27 @@ def test_what_is_not_as_was_said_is_refused(tones, model):
         adapter(Alone(model), frame_shift_s=0.0)
     with pytest.raises(ValueError, match="cannot be fine-tuned here"):
         probe(tones, [adapter(Alone(model))], config_for(fine_tuning=FineTuningConfig()))
+
+
+def test_a_wrong_period_is_noticed(tones, model):
+    representation = adapter(Alone(model), frame_shift_s=0.01).representation(tones, 1e6)
+    with pytest.raises(ValueError, match=r"one every 20\.?\d* ms, not every 10 \(frame_shift_s\)"):
+        representation.num_frames(np.array([0]))
+
+
+def test_the_module_of_a_bound_method_is_put_into_eval_mode(tones):
+    class Noisy(torch.nn.Module):
+        def forward(self, waveform_BS):
+            frames = waveform_BS[:, : waveform_BS.shape[1] // 320 * 320].unflatten(1, (-1, 320))
+            return torch.nn.functional.dropout(frames, 0.5, self.training)
+
+    noisy = Noisy().train()
+    representation = adapter(noisy.forward, output_dim=320).representation(tones, 1e6)
+    one, other = (dict(representation.layers_of(np.array([0])))[0] for _ in range(2))
+    assert torch.equal(one, other)
+    assert one.abs().sum() > 0
+
+
+def test_what_is_no_tensor_is_named(tones):
+    with pytest.raises(ValueError, match="mine gives NoneType; expected a tensor"):
+        adapter(lambda waveform_BS: None).representation(tones, 1e6).num_frames(np.array([0]))

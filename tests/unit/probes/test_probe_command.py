@@ -75,6 +75,7 @@ def test_the_verb_writes_a_card(corpus, model, tmp_path, capsys):
         (["label", "--classifier", "concat"], "the task label has no frames"),
         (["label", "--steps", "5"], "--steps 5 is for --protocol s3prl-v0.1"),
         (["label", "--hidden-dim", "5"], "--hidden-dim 5 is for --classifier mlp"),
+        (["label", "--classifier", "mlp", "--hidden-dim", "0"], "--hidden-dim is 0; expected 1 or more"),
         (["label", "--save-model", "x"], "is for --fine-tune with one model, not 0"),
         (["label", "--weighted-sum", "--layer", "1"], "--layer 1 asks for others"),
         (["label", "--split", "random", "--split-lists", "x"], "'random' was asked for"),
