@@ -189,20 +189,13 @@ class SpeechModel(nn.Module):
         """Gives a model that takes features from outside the front-end that computes them; it stacks what the model stacked.
 
         Args:
-            config: Features of one frame, not stacked; they get the model's stack, and what does not fill one is dropped.
-
-        Raises:
-            ValueError: The features have another width than the model takes.
+            config: Features as wide as the model takes, not stacked; they get its stack, and what does not fill one is dropped.
         """
         assert self.frontend is None
         projection = self.config.projection
         stacked = replace(config, stack=projection.stack, stack_tail="drop")
         frontend = build_frontend(stacked)
-        if frontend.feature_dim != projection.stacked_dim:
-            raise ValueError(
-                f"this {self.config.family} model takes {projection.feature_dim} features from outside, and there are "
-                f"{frontend.feature_dim // projection.stack}"
-            )
+        assert frontend.feature_dim == projection.stacked_dim
         self.frontend = frontend.to(next(self.parameters()).device).train(self.training)
         whole = replace(projection, feature_dim=projection.stacked_dim, stack=1)
         self.config = replace(self.config, frontend=stacked, projection=whole)
