@@ -1,7 +1,8 @@
 """What stored features are: a file tells how wide they are, but neither how they were made nor how long a frame is.
 
 A user can name them (``--features``), or give their frame period alone (``--frame-shift-ms``). Otherwise the folder's name
-tells, as S3PRL's scripts chose it (``libri_fbank160``, ``libri_fmllr_cmvn``); where it does not, that is an error, no guess.
+tells, as S3PRL's scripts chose it (``libri_fbank160``, ``libri_fmllr_cmvn``); where it does not, that is an error. Only Kaldi
+directories are then taken for a log-Mel filterbank (``sslim.data.kaldi``), with a sentence that says so.
 
 Stored features of S3PRL have their deltas appended and are normalised. A corpus keeps the first, static part: deltas and a
 normalisation of each utterance are made from it again, and give the same, since both treat every channel by itself.

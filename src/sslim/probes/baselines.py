@@ -18,8 +18,8 @@ from sslim.audio import read_audio
 from sslim.batch import Padded
 from sslim.data.alignment import frame_length_s
 from sslim.data.corpus import Corpus
-from sslim.data.feature_presets import feature_preset
-from sslim.frontends import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig, build_frontend
+from sslim.data.feature_presets import feature_preset, preset_name
+from sslim.frontends import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig, StftConfig, build_frontend
 from sslim.frontends.config import StoredFeaturesConfig, same_base_features
 from sslim.probes.features import Representation
 
@@ -35,7 +35,17 @@ def log_mel_representation(corpus: Corpus, *, pooled: bool, stack: int = 1) -> R
         stack: Base frames in a frame, so that frames are those of the model in the same table; 1 when pooled.
     """
     config = corpus.frontend_config or SpectralFrontendConfig(features=FilterbankConfig(sample_rate=corpus.sample_rate))
-    return features_representation(corpus, config, LOG_MEL, pooled=pooled, stack=stack)
+    return features_representation(corpus, config, own_name(config), pooled=pooled, stack=stack)
+
+
+def own_name(config: SpectralFrontendConfig) -> str:
+    """Returns what the row of a corpus's own features is called: ``log-Mel`` where they are that, else their name or kind."""
+    features = config.features
+    is_mel = isinstance(features, FilterbankConfig) or (isinstance(features, StftConfig) and features.num_mel_bins > 0)
+    if is_mel and not config.cepstra:
+        return LOG_MEL
+    name = preset_name(config)
+    return features.kind if name is None else name.partition("@")[0]
 
 
 def named_representation(corpus: Corpus, name: str, *, pooled: bool, frame_shift_s: float | None = None) -> Representation:

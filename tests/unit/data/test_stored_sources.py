@@ -111,7 +111,7 @@ def test_stored_features_that_cannot_be_computed_are_not_promised_from_audio(
     assert "fMLLR features cannot be computed from audio, and a stores none" in capsys.readouterr().err
 
 
-def test_a_kaldi_directory_of_fmllr_is_not_taken_for_a_filterbank(tmp_path: Path) -> None:
+def test_a_kaldi_directory_that_names_fmllr_is_not_taken_for_a_filterbank(tmp_path: Path) -> None:
     for name in ("data-fmllr", "data"):
         (tmp_path / name).mkdir()
         write_ark_scp(tmp_path / name, [("a", matrix(0))])

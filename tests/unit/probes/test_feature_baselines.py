@@ -7,7 +7,7 @@ import torch
 from sslim.data.feature_presets import feature_preset
 from sslim.frontends import NormalizationConfig, build_frontend
 from sslim.probes import ProbeConfig, probe
-from sslim.probes.baselines import named_representation
+from sslim.probes.baselines import named_representation, own_name
 
 
 def frames_of(representation, index=2):
@@ -51,3 +51,17 @@ def test_rows_and_refusals(tones, spoken):
         named_representation(tones, "waveform", pooled=True)
     with pytest.raises(ValueError, match="fmllr40 cannot be computed from audio"):
         named_representation(spoken, "fmllr40", pooled=True)
+
+
+@pytest.mark.parametrize(
+    ("features", "row"),
+    [
+        ("melhubert", "log-Mel"),
+        ("logmel80", "log-Mel"),
+        ("fbank160-librosa", "log-Mel"),
+        ("mfcc39", "mfcc39"),
+        ("fmllr40", "fmllr40"),
+    ],
+)
+def test_the_corpus_s_own_features_are_called_what_they_are(features, row):
+    assert own_name(feature_preset(features)) == row
