@@ -36,6 +36,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_file_target(path: Path) -> None:
+    """Says before long work whether a file can be written at its end.
+
+    Raises:
+        ValueError: ``path`` is a folder, or its folder neither exists nor can be made.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{path} cannot be written: {above} is {'not writable' if above.is_dir() else 'no folder'}")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``: what is written there becomes ``path`` when the block ends without an error.

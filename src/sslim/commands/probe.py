@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from sslim.storage import check_file_target
+
 if TYPE_CHECKING:
     from sslim.data.corpus import Corpus
     from sslim.probes import FineTuned, NamedModel, ProbeConfig, SplitConfig
@@ -17,6 +19,7 @@ CONCAT_CONTEXT = 4  # frames on either side
 HIDDEN_DIM, S3PRL_HIDDEN_DIM = 256, 768
 S3PRL_STEPS, S3PRL_SEED = 500_000, 1337
 MAX_FRAMES = 100_000
+FRAME_TASKS = ("phones", "speaker-frames")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,26 +138,55 @@ def main(options: Options) -> None:
 
 def _check(options: Options) -> None:
     """What can be told before anything is loaded."""
-    if options.save_model is not None and not (options.fine_tune and len(options.models) == 1):
-        raise ValueError(f"--save-model {options.save_model} is for --fine-tune with one model, not {len(options.models)}")
+    for options_of, meant_for, holds in _conditions(options):
+        given = [name for name in options_of if getattr(options, name) != Options.__dataclass_fields__[name].default]
+        if given and not holds:
+            value = getattr(options, given[0])
+            shown = "" if isinstance(value, bool) else f" {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+            raise ValueError(f"--{given[0].replace('_', '-')}{shown} is for {meant_for}")
     if options.weighted_sum and options.layer not in (None, "mix", "mean"):
         raise ValueError(f"--weighted-sum takes all layers, and --layer {options.layer} asks for others: give one of the two")
-    if options.protocol != S3PRL and options.steps is not None:
-        raise ValueError(f"--steps {options.steps} is for --protocol {S3PRL}; ours trains until dev no longer gets better")
-    if options.classifier != "mlp" and options.hidden_dim is not None:
-        raise ValueError(f"--hidden-dim {options.hidden_dim} is for --classifier mlp, not {options.classifier}")
     if options.hidden_dim is not None and options.hidden_dim < 1:
         raise ValueError(f"--hidden-dim is {options.hidden_dim}; expected 1 or more")
-    if options.classifier == "concat" and options.task not in ("phones", "speaker-frames"):
+    if options.max_frames is not None and options.max_frames < 0:
+        raise ValueError(f"--max-frames is {options.max_frames}; expected 0 (all of them) or more")
+    if options.classifier == "concat" and options.task not in FRAME_TASKS:
         raise ValueError(f"--classifier concat lays nine frames end to end, and the task {options.task} has no frames")
-    if options.save_model is not None and options.save_model.exists() and not options.save_model.is_dir():
-        raise ValueError(f"--save-model {options.save_model} is a file; give a folder")
+    if options.output is not None:
+        check_file_target(options.output)
     if options.save_model is not None:
-        from sslim.checkpoints.model_files import RUN, model_path
+        _check_save_model(options.save_model, options.models)
 
-        target = (options.save_model / "model").resolve()
-        if (options.save_model / RUN).exists() or any(model_path(model).resolve() == target for model in options.models):
-            raise ValueError(f"--save-model {options.save_model} has the model of a run or of this probe; give another folder")
+
+def _conditions(options: Options) -> list[tuple[tuple[str, ...], str, bool]]:
+    """Options that have an effect only beside others, what that is in words, and whether it is so here."""
+    tuned = ("model_learning_rates", "head_learning_rate", "warmup_share", "epochs", "patience", "train_batch_seconds")
+    of_frames = options.task in FRAME_TASKS
+    like_s3prl = options.protocol == S3PRL
+    drawn = options.folds is None and options.split in (None, "auto", "random") and options.split_lists is None
+    models = len(options.models)
+    return [
+        ((*tuned, "train_frontend"), "--fine-tune", options.fine_tune),
+        (("save_model",), f"--fine-tune with one model, not {models}", options.fine_tune and models == 1),
+        (("fine_tune", "statistics", "bf16"), "a model, and none is named", models > 0),
+        (("steps", "phone_labels"), f"--protocol {S3PRL}", like_s3prl),
+        (("phone_labels",), f"the task phones, not {options.task}", options.task == "phones"),
+        (("hidden_dim",), f"--classifier mlp, not {options.classifier}", options.classifier == "mlp"),
+        (("num_folds",), "--folds", options.folds is not None),
+        (("speaker_disjoint",), "parts that are drawn at random: without --folds, with --split auto or random", drawn),
+        (("max_frames",), f"frames, and the task {options.task} has none", of_frames),
+        (("pooling",), f"utterances, and the task {options.task} classifies frames", not of_frames),
+    ]
+
+
+def _check_save_model(folder: Path, models: tuple[Path, ...]) -> None:
+    from sslim.checkpoints.model_files import RUN, model_path
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--save-model {folder} is a file; give a folder")
+    target = (folder / "model").resolve()
+    if (folder / RUN).exists() or any(model_path(model).resolve() == target for model in models):
+        raise ValueError(f"--save-model {folder} has the model of a run or of this probe; give another folder")
 
 
 def probe_config(options: Options) -> ProbeConfig:

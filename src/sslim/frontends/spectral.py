@@ -185,7 +185,7 @@ class SpectralFrontend(nn.Module):
             raise ValueError(
                 "this model's front-end needs a global mean and standard deviation, which its checkpoint does not hold: pass "
                 f'statistics="libri-960" (or {", ".join(repr(name) for name in PUBLISHED_STATISTICS[:-1])}, or a .npy or '
-                ".safetensors file) to load_model"
+                ".safetensors file) to load_model, or --statistics on the command line"
             )
         return normalize_globally(features, self.mean, self.std, normalization.eps)
 

@@ -65,6 +65,7 @@ class Examples:
         rows: (n,) int64 which of the N are meant.
         offsets: (U + 1,) int64 where each utterance's rows begin, and N; needed for ``context`` and for what goes by utterance.
         context: Frames on either side of each one that belong to its example.
+        num_frames_U: (U,) int64 frames of each stored utterance; needed where utterances are ordered by their length.
     """
 
     x_LNP: Tensor
@@ -72,6 +73,7 @@ class Examples:
     rows: Tensor
     offsets: Tensor | None = None
     context: int = 0
+    num_frames_U: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,12 +97,13 @@ class Examples:
         for positions in torch.arange(len(self)).split(max(1, size // (2 * self.context + 1))):
             yield self.batch(positions)
 
-    def by_utterance(self) -> list[Tensor]:
-        """Returns the positions of each utterance's examples, in order; utterances without any are left out."""
+    def by_utterance(self) -> tuple[list[Tensor], list[int]]:
+        """Returns the positions of each utterance's examples, in order, and its frames; utterances without any are left out."""
         assert self.offsets is not None
-        numbers = torch.searchsorted(self.offsets, self.rows, right=True)
-        counts = torch.unique_consecutive(numbers, return_counts=True)[1]
-        return list(torch.arange(len(self)).split(counts.tolist()))
+        assert self.num_frames_U is not None
+        numbers = torch.searchsorted(self.offsets, self.rows, right=True) - 1
+        present, counts = torch.unique_consecutive(numbers, return_counts=True)
+        return list(torch.arange(len(self)).split(counts.tolist())), self.num_frames_U[present].tolist()
 
 
 def neighbours(rows: Tensor, offsets: Tensor, context: int) -> Tensor:

@@ -93,6 +93,10 @@ class ProbeConfig:
         if self.pooling not in POOLINGS:
             raise ValueError(f"there is no pooling {self.pooling!r}; accepted are {', '.join(POOLINGS)}")
         check_layer(self.layer)
+        if not 0 < self.batch_s < float("inf"):
+            raise ValueError(f"a batch of {self.batch_s:g} seconds cannot be made; expected above 0 and finite")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise ValueError(f"max_frames is {self.max_frames}; expected at least 1, or None for all")
         if self.context < 0 or (self.context and self.hidden_dim is not None):
             raise ValueError(f"context {self.context} must be at least 0, and is for a linear classifier")
         if self.published is not None and self.fine_tuning is not None:
@@ -155,12 +159,14 @@ class Stored:
         offsets: First example of each utterance, and N at the end.
         known_N: (N,) bool, False for frames without a class.
         context: Frames on either side of each that belong to its example.
+        num_frames_U: (U,) of each utterance.
     """
 
     x_LNP: Tensor
     y_N: Tensor
     offsets: np.ndarray
     known_N: np.ndarray
+    num_frames_U: np.ndarray
     context: int = 0
 
     def examples(self, positions: np.ndarray, layers: slice) -> Examples:
@@ -173,6 +179,7 @@ class Stored:
             rows=torch.from_numpy(rows[self.known_N[rows]]),
             offsets=torch.from_numpy(self.offsets),
             context=self.context,
+            num_frames_U=torch.from_numpy(self.num_frames_U),
         )
 
 
@@ -233,6 +240,7 @@ def _random_entries(corpus: Corpus, models: Sequence[NamedModel], config: ProbeC
 
 def store(representation: Representation, corpus: Corpus, task: Task, config: ProbeConfig) -> Stored:
     """Computes the features of the task's utterances and lays their classes beside them."""
+    num_frames_U = np.asarray(representation.num_frames(task.indices), dtype=np.int64)
     if task.unit == "utterance":
         assert task.classes_N is not None
         x_LNP = pooled_features(representation, corpus, task.indices, config.pooling)
@@ -248,7 +256,8 @@ def store(representation: Representation, corpus: Corpus, task: Task, config: Pr
         y_N = y_N.copy()
         y_N[known_N] = np.random.default_rng(config.split.seed).permutation(y_N[known_N])
     context = config.context if task.unit == "frame" else 0
-    return Stored(x_LNP=x_LNP, y_N=torch.from_numpy(y_N), offsets=offsets, known_N=known_N, context=context)
+    examples: dict[str, Any] = {"x_LNP": x_LNP, "y_N": torch.from_numpy(y_N), "offsets": offsets, "known_N": known_N}
+    return Stored(**examples, context=context, num_frames_U=num_frames_U)
 
 
 def run_protocol(
@@ -351,6 +360,7 @@ def probe(
         check_parts(training=division.train, dev=division.dev, test=division.test)
     classifier = replace(ClassifierConfig() if task.unit == "utterance" else FRAME_CLASSIFIER, hidden_dim=config.hidden_dim)
     plan = _Plan(corpus=corpus, task=task, division=division, config=config, classifier=classifier, adapt=adapt, tell=tell)
+    _try(entries, plan)
     rows, by_chance = [], 0.0
     for entry in entries:
         if config.fine_tuning is not None and entry.model is not None:
@@ -362,6 +372,21 @@ def probe(
             tell(f"{row['name']}, layer {row['layer']}: {100 * row['mean']:.1f} ± {100 * row['sd']:.1f} %")
     left_out = {"without_class": task.num_without, "shorter_than_a_frame": num_short, "quarantined": corpus.num_quarantined}
     return build_card(corpus, task, division, config, rows, chance=by_chance, left_out=left_out)
+
+
+def _try(entries: Sequence[Entry], plan: _Plan) -> None:
+    """Computes the first utterance of every entry, so that what one lacks is said before anything is trained.
+
+    Raises:
+        ValueError: A model lacks the layer, its statistics or what it reads, or the features are not those it takes.
+    """
+    for entry in entries:
+        try:
+            representation = with_layers(plan.adapt(entry.represent(0)), plan.config.layer)
+            for _ in representation.layers_of(plan.task.indices[:1]):
+                pass
+        except ValueError as error:
+            raise ValueError(f"{entry.name} cannot be probed: {error}") from error
 
 
 def _as_it_is(representation: Representation) -> Representation:

@@ -78,8 +78,13 @@ class FineTuningConfig:
                 f"the learning rates {self.learning_rates} of the model and {self.head_learning_rate} of the classifier must "
                 "be above 0, and there must be one of the model at least"
             )
-        if self.max_epochs < 1 or self.batch_s <= 0:
-            raise ValueError(f"max_epochs {self.max_epochs} must be at least 1 and batch_s {self.batch_s} above 0")
+        if self.max_epochs < 1 or self.patience < 1 or not 0 < self.batch_s < float("inf"):
+            raise ValueError(
+                f"max_epochs {self.max_epochs} and patience {self.patience} must be at least 1, and batch_s {self.batch_s:g} "
+                "above 0 and finite"
+            )
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"warmup_share is {self.warmup_share:g}; expected 0 or more and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +212,14 @@ def known_logits(tuned: TunedModel, targets: Targets, positions: Sequence[int]) 
 def classify(
     tuned: TunedModel, values: Sequence[Tensor], *, is_waveform: bool, layer: str, pooling: str | None, context: int
 ) -> list[Tensor]:
-    """Returns the classes of each utterance (1,), or of each of its frames (T,), as numbers; arguments as of the module."""
+    """Returns the classes of each utterance (1,), or of each of its frames (T,), as numbers; arguments as of the module.
+
+    Raises:
+        ValueError: An utterance to be classified as a whole is shorter than one frame.
+    """
     logits_NV, lengths_B = tuned(values, is_waveform=is_waveform, layer=layer, pooling=pooling, context=context)
+    if pooling is not None and not bool(lengths_B.all()):
+        raise ValueError(f"utterance {int(lengths_B.argmin())} is shorter than one frame of the model, so it has no class")
     counts = [1] * len(values) if pooling is not None else lengths_B.tolist()
     return list(logits_NV.argmax(-1).cpu().split(counts))
 

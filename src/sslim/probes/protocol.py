@@ -44,6 +44,8 @@ class SplitConfig:
     lists: str | None = field(default=None, metadata={OMIT_DEFAULT: True})
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"the seed of a split is {self.seed}; expected at least 0")
         if self.lists is not None and (self.source != "cpc" or self.folds is not None):
             raise ValueError(f"the lists {self.lists} are for the split 'cpc', and {self.folds or self.source!r} was asked for")
 

@@ -142,20 +142,20 @@ def published_task(task: Task, labels: Literal["cpc", "montreal"]) -> tuple[Task
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def utterance_batches(num_examples: list[int], config: PublishedConfig, generator: torch.Generator) -> list[list[int]]:
+def utterance_batches(num_frames: list[int], config: PublishedConfig, generator: torch.Generator) -> list[list[int]]:
     """Returns utterances sorted by length, longest first, in batches; none is left out.
 
     Args:
-        num_examples: Frames of each utterance.
+        num_frames: Of each utterance.
         config: Size of a batch, and when it is halved.
         generator: Orders utterances of equal length.
     """
-    drawn = torch.randperm(len(num_examples), generator=generator).numpy()
-    order = drawn[np.argsort(-np.asarray(num_examples)[drawn], kind="stable")].tolist()
+    drawn = torch.randperm(len(num_frames), generator=generator).numpy()
+    order = drawn[np.argsort(-np.asarray(num_frames)[drawn], kind="stable")].tolist()
     batches = []
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
-        if len(batch) > 1 and num_examples[batch[0]] > config.halved_above:
+        if len(batch) > 1 and num_frames[batch[0]] > config.halved_above:
             half = len(batch) // 2
             batches += [batch[:half], batch[half:]]
         else:
@@ -179,9 +179,10 @@ def new_classifier(
     return classifier.eval()
 
 
-def _step_batches(utterances: list[Tensor], config: PublishedConfig, generator: torch.Generator) -> Iterator[Tensor]:
+def _step_batches(train: Examples, config: PublishedConfig, generator: torch.Generator) -> Iterator[Tensor]:
     """Positions of the examples of one batch after another, for ever; the order of batches is drawn anew for each pass."""
-    batches = utterance_batches([len(utterance) for utterance in utterances], config, generator)
+    utterances, num_frames = train.by_utterance()
+    batches = utterance_batches(num_frames, config, generator)
     while True:
         for number in torch.randperm(len(batches), generator=generator).tolist():
             yield torch.cat([utterances[member] for member in batches[number]])
@@ -201,7 +202,7 @@ def fit_published(
     """Trains for the published number of steps and keeps the step that is best on ``dev``: by accuracy, the first of equals.
 
     Args:
-        train: Training examples, with ``offsets``.
+        train: Training examples, with ``offsets`` and ``num_frames_U``.
         dev: Examples of the choice.
         num_classes: V.
         config: The settings.
@@ -219,7 +220,7 @@ def fit_published(
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     best, kept = -1.0, (0, classifier.state_dict())
-    batches = _step_batches(train.by_utterance(), config, generator)
+    batches = _step_batches(train, config, generator)
     for step in range(1, config.num_steps + 1):
         x_LNP, y_N = train.batch(next(batches))
         optimizer.zero_grad()

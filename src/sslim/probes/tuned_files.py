@@ -65,7 +65,7 @@ class StoredTuned:
         """Returns the classes of waveforms (S,) at the model's sample rate: one for each utterance, or one for each frame.
 
         Raises:
-            ValueError: The model takes features, not waveforms.
+            ValueError: The model takes features, not waveforms, or a waveform to be classified as a whole is too short.
         """
         if self.model.frontend is None:
             raise ValueError(f"this {self.model.config.family} model takes features, so waveforms cannot be classified")

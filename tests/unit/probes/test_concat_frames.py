@@ -1,5 +1,7 @@
 """Nine frames end to end: against torch's unfold over replicated edges, and for what they are good for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import pad
@@ -66,8 +68,13 @@ def test_latest_first_is_the_same_classifier_in_another_order(frames):
 
 def test_utterances_are_found_again_where_frames_are_left_out(frames):
     examples = store(frames, 0)
-    kept = Examples(x_LNP=examples.x_LNP, y_N=examples.y_N, rows=torch.tensor([0, 2, 8, 9, 22]), offsets=examples.offsets)
-    assert [group.tolist() for group in kept.by_utterance()] == [[0, 1], [2, 3], [4]]
+    kept = replace(examples, rows=torch.tensor([0, 2, 8, 9, 22]), num_frames_U=torch.tensor(LENGTHS))
+    groups, num_frames = kept.by_utterance()
+    assert [group.tolist() for group in groups] == [[0, 1], [2, 3], [4]]
+    assert num_frames == [7, 12, 3]  # the second has none left
+    gap = replace(kept, rows=torch.tensor([0, 2, 22]))
+    assert [group.tolist() for group in gap.by_utterance()[0]] == [[0, 1], [2]]
+    assert gap.by_utterance()[1] == [7, 3]
 
 
 def test_large_examples_are_not_put_in_one_batch(frames, monkeypatch):

@@ -70,6 +70,8 @@ def test_fine_tuning_improves_and_leaves_the_original(spoken, blind, tmp_path):
     together = stored.classify(sounds)
     assert together == [stored.classify([sound])[0] for sound in sounds]
     assert all(len(one) == 1 and one[0] in description.classes for one in together)
+    with pytest.raises(ValueError, match="utterance 1 is shorter than one frame of the model"):
+        stored.classify([sounds[0], torch.zeros(20)])
 
 
 def test_shuffled_labels_leave_chance_when_tuned(spoken, tiny_model):

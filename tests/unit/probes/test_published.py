@@ -1,5 +1,7 @@
 """The protocol of S3PRL v0.1: its labels' clocks and its training against plain torch on padded batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,15 @@ from sslim.data.sources import Segment
 from sslim.probes import ProbeConfig, PublishedConfig, SplitConfig, card_table, probe
 from sslim.probes.classifiers import Examples
 from sslim.probes.features import Representation
-from sslim.probes.published import LABEL_CLOCKS, at_clock, fit_published, new_classifier, utterance_batches, with_label_clock
+from sslim.probes.published import (
+    LABEL_CLOCKS,
+    _step_batches,
+    at_clock,
+    fit_published,
+    new_classifier,
+    utterance_batches,
+    with_label_clock,
+)
 from sslim.probes.tasks import Task, segment_classes
 
 
@@ -96,7 +106,8 @@ def rows_of(lengths, seed=0, unknown=True):
     rows = torch.arange(count)
     if unknown:
         rows = rows[rows % 5 != 0]
-    return Examples(x_LNP=x_LNP, y_N=y_N, rows=rows, offsets=torch.tensor([0, *np.cumsum(lengths).tolist()]))
+    offsets = torch.tensor([0, *np.cumsum(lengths).tolist()])
+    return Examples(x_LNP=x_LNP, y_N=y_N, rows=rows, offsets=offsets, num_frames_U=torch.tensor(lengths))
 
 
 @pytest.mark.parametrize("hidden_dim", [None, 8])
@@ -127,9 +138,18 @@ def test_training_equals_plain_torch_on_padded_batches(hidden_dim):
     assert fitted.chosen == {"step": 5}
 
 
+def test_pooled_utterances_are_put_in_batches_by_their_frames():
+    """One example each, as speakers have: what counts is how long the utterance is."""
+    num_frames = torch.tensor([5, 400, 3500, 20, 300, 3400, 10, 200])
+    examples = replace(rows_of([1] * 8, unknown=False), num_frames_U=num_frames)
+    steps = _step_batches(examples, PublishedConfig(batch_size=4), torch.Generator().manual_seed(0))
+    batches = {frozenset(num_frames[next(steps)].tolist()) for _ in range(3)}
+    assert batches == {frozenset((3500, 3400)), frozenset((400, 300)), frozenset((200, 20, 10, 5))}
+
+
 def test_rows_of_features_are_standardised():
     train = rows_of((9, 4, 7))
-    loud = Examples(x_LNP=1000 + 50 * train.x_LNP, y_N=train.y_N, rows=train.rows, offsets=train.offsets)
+    loud = replace(train, x_LNP=1000 + 50 * train.x_LNP)
     options = {"num_classes": 4, "config": PublishedConfig(num_steps=5, dev_steps=5), "hidden_dim": None, "seed": 1}
     one, other = (fit_published(part, part, standardise=True, **options).classifier for part in (train, loud))
     torch.testing.assert_close(one.output.weight, other.output.weight, rtol=0, atol=1e-3)
