@@ -9,7 +9,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-COMMON = ("--precision", "bf16", "--threads", "1")
+
+def precision() -> str:
+    """bf16 where the processor calculates with it, else fp32: without such instructions bf16 is the slower of the two."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8", errors="replace").split() if info.is_file() else []
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
+
+
+COMMON = ("--precision", precision(), "--threads", "1")
 
 
 def sslim(*arguments: str | Path, done: Path | None = None) -> None:

@@ -31,7 +31,7 @@ def main(options: Options) -> None:
     from rich.console import Console
 
     from sslim.data.corpus import Corpus
-    from sslim.data.doctor import examine
+    from sslim.data.doctor import check_alignments, examine
 
     console = Console(highlight=False)
     corpus = Corpus.open(options.corpus)
@@ -43,7 +43,7 @@ def main(options: Options) -> None:
         hop = round(period_s * corpus.sample_rate)
         reads["waveform_frames"] = lambda num_samples: num_samples // hop
     names = options.labels or tuple(corpus.label_names())
-    problems = []
+    problems = list(check_alignments(corpus))
     for name in names or (None,):
         labels = None if name is None else corpus.labels(name)
         if labels is None:

@@ -96,7 +96,7 @@ def main(options: Options) -> None:
         )
     if outcome.already_finished:
         console.print(f"{folder} is already prepared: nothing to do", soft_wrap=True)
-    _print_summary(console, outcome, view.seconds, view.audio_s)
+    _print_summary(console, outcome, view.seconds, view.audio_s, aligned=options.alignments is not None)
 
 
 def _request(options: Options, console: Console, view: _ProgressView) -> tuple[Path, dict[str, Any], Any]:
@@ -251,8 +251,10 @@ class _ProgressView:
         self.console.print(f"{progress.num_seen:,} of {total:,}: {rates}, {left_s:,.0f} s left", soft_wrap=True)
 
 
-def _print_summary(console: Console, outcome: Outcome, seconds: float, audio_s: float) -> None:
+def _print_summary(console: Console, outcome: Outcome, seconds: float, audio_s: float, *, aligned: bool) -> None:
     from rich.table import Table
+
+    from sslim.data.doctor import check_alignments
 
     corpus = outcome.corpus
     num_bytes = sum(path.stat().st_size for path in (corpus.path / "features").glob("*.bin"))
@@ -280,6 +282,9 @@ def _print_summary(console: Console, outcome: Outcome, seconds: float, audio_s: 
         console.print(
             f"… and {len(entries) - NUM_QUARANTINED_SHOWN} more in {corpus.path / 'quarantine.jsonl'}", soft_wrap=True
         )
+    if aligned:
+        for problem in check_alignments(corpus):
+            console.print(f"note: {problem.sentence}", soft_wrap=True)
     print(f"{corpus.path}: {len(corpus):,} utterances, {corpus.num_quarantined} quarantined")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sslim.data.metadata import Metadata, find_metadata, read_header, read_metadata
 from sslim.data.sources import SPLIT_ROLES, Source, SourceUtterance, split_role
+from sslim.data.text_files import read_lines
 
 AUDIO_SUFFIXES = frozenset(
     (
@@ -196,7 +197,9 @@ def librispeech_source(path: Path, options: SourceOptions) -> Source:
 def _transcripts(folder: Path) -> dict[str, str]:
     texts = {}
     for path in sorted(folder.glob("*.trans.txt")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line.strip():
+                continue
             name, _, text = line.partition(" ")
             if not LIBRISPEECH_NAME.fullmatch(name):
                 raise ValueError(f"{path}, line {number} starts with {name!r} instead of SPEAKER-CHAPTER-NUMBER")
@@ -247,7 +250,7 @@ def speech_commands_source(path: Path, options: SourceOptions) -> Source:
     splits = {}
     for name, split in COMMAND_LISTS.items():
         if (path / name).is_file():
-            splits.update({line.strip(): split for line in (path / name).read_text(encoding="utf-8").splitlines()})
+            splits.update({line.strip(): split for line in read_lines(path / name)})
     utterances = []
     for audio in audio_files(path):
         relative = audio.relative_to(path)

@@ -62,6 +62,7 @@ class Utterance:
         text: Transcript.
         split: For example train, dev, test.
         alignment: Symbols with their times.
+        misaligned: Why there is none although a file has one; None otherwise.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Utterance:
     text: str | None = None
     split: str | None = None
     alignment: tuple[Segment, ...] | None = None
+    misaligned: str | None = None
 
 
 class Corpus:
@@ -193,6 +195,7 @@ class Corpus:
             duration_s=float(self.num_samples[i]) / self.sample_rate,
             **{name: record.get(name) for name in COLUMNS},
             alignment=None if alignment is None else tuple(Segment(symbol=s, start_s=a, end_s=b) for s, a, b in alignment),
+            misaligned=record.get("misaligned"),
         )
 
     def _read_columns(self) -> None:

@@ -198,6 +198,7 @@ class CorpusWriter:
             "alignment": None
             if utterance.alignment is None
             else [[segment.symbol, segment.start_s, segment.end_s] for segment in utterance.alignment],
+            "misaligned": utterance.misaligned,
         }
         return {key: value for key, value in record.items() if value is not None}
 

@@ -20,6 +20,9 @@ DEAD_SHARE_REFUSED = 0.5
 MIN_CONSTANT_FRAMES = 50  # half a second of 10 ms labels with one and the same value is no speech
 SILENT_SPREAD = 1e-3  # log-Mel of digital silence is constant; the quietest real recordings vary by more than 0.1
 
+ALIGNMENT_SLACK_S = 0.05  # half a window, and what alignments in steps of 10 ms round up
+LEAST_ALIGNED_SHARE = 0.5  # silence at the end may have no segment
+
 NumFrames = Callable[[int], int]  # utterance to frames of the model
 
 
@@ -76,6 +79,34 @@ def check_corpus(corpus: Corpus, indices: Sequence[int]) -> Iterator[Problem]:
             yield Problem(sentence=f"utterance {corpus.utterance(i).id} has a non-finite feature at frame {frame}")
         elif len(features) > 1 and float(features.std(axis=0).max()) < SILENT_SPREAD:
             yield Problem(sentence=f"utterance {corpus.utterance(i).id} is silent: its {len(features)} frames are all the same")
+
+
+def check_alignments(corpus: Corpus) -> Iterator[Problem]:
+    """Compares alignments with the sound: malformed ones, and those that end after it or before half of it, counted together.
+
+    Features without sound are as long as their frames say, so a few hundredths of a second are no difference.
+    """
+    malformed, late, early = [], [], []
+    num_aligned = 0
+    for i in range(len(corpus)):
+        utterance = corpus.utterance(i)
+        if utterance.misaligned is not None:
+            malformed.append(utterance.misaligned)
+        if not utterance.alignment:
+            continue
+        num_aligned += 1
+        end_s = max(segment.end_s for segment in utterance.alignment)
+        said = f"{utterance.id} is {utterance.duration_s:.2f} s long and aligned until {end_s:.2f} s"
+        if end_s > utterance.duration_s + ALIGNMENT_SLACK_S:
+            late.append(said)
+        elif end_s < utterance.duration_s * LEAST_ALIGNED_SHARE:
+            early.append(said)
+    if malformed:
+        yield Problem(sentence=f"{len(malformed):,} alignments are malformed and left out: {malformed[0]}", fatal=False)
+    for found, what in ((late, "end after the sound"), (early, "end before half of the sound")):
+        if found:
+            sentence = f"{len(found):,} of {num_aligned:,} alignments {what} (are they of these recordings?): {found[0]}"
+            yield Problem(sentence=sentence, fatal=False)
 
 
 def check_label_set(corpus: Corpus, labels: LabelStore, *, frame_period_s: float) -> Iterator[Problem]:

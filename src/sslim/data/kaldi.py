@@ -392,6 +392,9 @@ def kaldi_source(
     frontend, notes = None, []
     if stored:
         lists = [read_scp(folder / "feats.scp", locate) for (folder, _), locate in zip(sets, locators, strict=True)]
+        for (folder, _), entries in zip(sets, lists, strict=True):
+            if not entries:
+                raise KaldiError(f"{folder / 'feats.scp'} lists nothing")
         dim = first_dim(lists[0], sets[0][0] / "feats.scp")
         frontend, sentence, kept = _described(dim, "/".join(path.resolve().parts[-2:]), named, frame_shift_ms)
         notes.append(sentence)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslim.config import nearest
+from sslim.data.text_files import open_table
 
 FOUND_AUTOMATICALLY = ("index.csv", "metadata.csv", "index.tsv", "metadata.tsv")
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "audio")  # the first that is there is used
@@ -70,11 +71,8 @@ def read_header(path: Path) -> list[str]:
     Raises:
         ValueError: It is no such file.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return [name.strip() for name in next(_reader(path, file), [])]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV or TSV file in UTF-8 ({error})") from error
+    with open_table(path) as file:
+        return [name.strip() for name in next(_reader(path, file), [])]
 
 
 def read_metadata(path: Path, folder: Path, *, label_column: str | None = None, speaker_column: str | None = None) -> Metadata:
@@ -92,10 +90,7 @@ def read_metadata(path: Path, folder: Path, *, label_column: str | None = None, 
     Raises:
         ValueError: A column is missing, a row is malformed, the file is empty, or no path exists.
     """
-    try:
-        header, lines = _read_lines(path)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV or TSV file in UTF-8 ({error})") from error
+    header, lines = _read_lines(path)
     path_at, columns = _columns(path, header, label_column, speaker_column)
     listed = [line[path_at].strip() for line in lines]
     for number, name in enumerate(listed, start=2):
@@ -116,7 +111,7 @@ def _reader(path: Path, file):  # type: ignore[no-untyped-def]  # csv has no pub
 
 
 def _read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with open_table(path) as file:
         reader = _reader(path, file)
         header = [name.strip() for name in next(reader, [])]
         lines = []

@@ -25,6 +25,7 @@ from sslim.data.label_layout import NUM_CLUSTERS, NUM_VERIFIED, LayoutError, che
 from sslim.data.label_layout import label_period_s as find_label_period_s
 from sslim.data.sources import Source, SourceLabels, SourceUtterance
 from sslim.data.stored_features import StoredAs, stored_as
+from sslim.data.text_files import open_table
 
 MEAN_STD = "mean-std.npy"
 NUM_LOOKED_AT = 20  # utterances whose mean tells whether features are normalised
@@ -113,8 +114,9 @@ def read_list(path: str | Path) -> list[_Row]:
 
     Raises:
         LayoutError: Another header, or a line that does not fit it.
+        ValueError: It is no CSV file.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with open_table(Path(path)) as file:
         lines = list(csv.reader(file))
     header = [cell.strip() for cell in lines[0]] if lines else []
     skip = 1 if header and header[0] in ("", "Unnamed: 0", "index") else 0

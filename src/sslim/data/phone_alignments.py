@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from sslim.data.sources import Segment, Source, SourceUtterance
+from sslim.data.text_files import read_lines
 from sslim.data.textgrids import read_textgrid
 
 CPC_FILE = "converted_aligned_phones.txt"
@@ -85,6 +86,8 @@ def read_phone_alignments(path: str | Path) -> PhoneAlignments:
     path = Path(path)
     if not path.exists():
         raise AlignmentError(f"the alignments {path} do not exist")
+    if path.suffix.lower() == ".textgrid" and path.is_file():
+        raise AlignmentError(f"{path} is the alignment of one utterance; give the folder that holds it")
     if path.is_file():
         return read_cpc_alignments(path)
     if (path / CPC_FILE).is_file():
@@ -209,9 +212,9 @@ def read_montreal_alignments(folder: str | Path) -> PhoneAlignments:
 
 def _text_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignmentError(f"the alignment {path} cannot be read ({error})") from error
+        return read_lines(path)
+    except ValueError as error:
+        raise AlignmentError(f"the alignment {error}") from error
 
 
 def read_montreal_file(path: Path) -> tuple[Segment, ...]:
@@ -251,19 +254,23 @@ def read_montreal_file(path: Path) -> tuple[Segment, ...]:
 
 @dataclass(frozen=True)
 class _Aligned:
-    """Utterances with their alignments, which are read when an utterance's turn comes."""
+    """Utterances with their alignments, which are read when an utterance's turn comes; a malformed one leaves its utterance."""
 
     utterances: list[SourceUtterance]
     alignments: PhoneAlignments
 
     def __iter__(self) -> Iterator[SourceUtterance]:
         for utterance in self.utterances:
-            segments = self.alignments.get(utterance.id)
+            try:
+                segments = self.alignments.get(utterance.id)
+            except AlignmentError as error:
+                yield replace(utterance, misaligned=str(error))
+                continue
             yield utterance if segments is None else replace(utterance, alignment=segments)
 
 
 def with_alignments(source: Source, alignments: PhoneAlignments, name: str) -> Source:
-    """Returns a source whose utterances have their alignments; those without one keep what they had.
+    """Returns a source whose utterances have their alignments; those without one, or with a malformed one, keep what they had.
 
     Args:
         source: Any source.

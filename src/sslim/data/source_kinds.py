@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from sslim.data.audio_sources import (
 from sslim.data.length_tables import LEN_FOR_BUCKET
 from sslim.data.metadata import PATH_COLUMNS, read_header
 from sslim.data.sources import Source, SourceLabels, SourceUtterance
+from sslim.data.text_files import ENCODING
 
 NUM_NAMES_LOOKED_AT = 200  # files whose names decide between layouts that differ in names only
 NUMPY_COLUMNS = ("file_path", "label_path", "length")
@@ -71,14 +72,18 @@ def _ark(path: Path) -> str | None:
     return None if first is None else f"{first.name if path.is_file() else first.relative_to(path)} is there, without a list"
 
 
+def _s3prl_tables(path: Path) -> Iterator[Path]:
+    for table in [path] if path.is_file() else sorted(path.glob("*.csv")):
+        if table.suffix.lower() == ".csv" and set(S3PRL_COLUMNS) <= set(_header(table)):
+            yield table
+
+
 def _length_table(path: Path) -> str | None:
     """S3PRL's columns, over audio."""
-    for table in [path] if path.is_file() else sorted(path.glob("*.csv")):
-        if table.suffix.lower() != ".csv" or not set(S3PRL_COLUMNS) <= set(_header(table)):
-            continue
+    for table in _s3prl_tables(path):
         if LEN_FOR_BUCKET in table.resolve().parent.name:
             return f"{table.name} lies in a folder {LEN_FOR_BUCKET}"
-        with table.open(encoding="utf-8") as file:
+        with table.open(encoding=ENCODING, errors="replace") as file:
             listed = [line.strip() for line in islice(file, 1, 3)]
         if any(f"{suffix}," in f"{line.lower()}," for line in listed for suffix in AUDIO_SUFFIXES):
             return f"{table.name} has the columns {', '.join(S3PRL_COLUMNS)} and lists audio"
@@ -229,6 +234,8 @@ def detect_source(path: Path, options: SourceOptions | None = None) -> tuple[str
         reason = kind.recognise(path)
         if reason is not None:
             return name, reason
+    if given == ["audio_root"] and (table := next(_s3prl_tables(path), None)) is not None:
+        return "len-for-bucket", f"--audio-root is given, and {table.name} has the columns {', '.join(S3PRL_COLUMNS)}"
     if given and len(candidates) < len(SOURCES):
         option, fitting = given[0].replace("_", "-"), " or ".join(candidates) or "no kind"
         raise ValueError(f"{path} is not of kind {fitting}, to which --{option} applies")

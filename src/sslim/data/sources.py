@@ -63,6 +63,7 @@ class SourceUtterance:
         text: Transcript.
         split: For example train, dev, test.
         alignment: Phones or other symbols with their times.
+        misaligned: Why there is no alignment although a file has one; None otherwise.
     """
 
     id: str
@@ -75,6 +76,7 @@ class SourceUtterance:
     text: str | None = None
     split: str | None = None
     alignment: tuple[Segment, ...] | None = None
+    misaligned: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import Tensor
 
@@ -22,12 +24,14 @@ class StoredFeatures(FixedTables):
             raise ValueError(f"{config.name} features are {config.dim} wide; they must be 1 or more")
         self.config = config
         self.sample_rate = config.sample_rate
-        self.frame_length = samples_of_ms(config.frame_length_ms, self.sample_rate)
-        self.shift = samples_of_ms(config.frame_shift_ms, self.sample_rate)
+        times_ms = (config.frame_length_ms, config.frame_shift_ms)
+        self.frame_length, self.shift = (
+            samples_of_ms(time_ms, self.sample_rate) if math.isfinite(time_ms) else 0 for time_ms in times_ms
+        )
         if self.shift < 1 or self.frame_length < 1:
             raise ValueError(
-                f"{config.name} features have windows of {config.frame_length_ms:g} ms every {config.frame_shift_ms:g} ms; "
-                "both must be above zero"
+                f"{config.name} features have windows of {times_ms[0]:g} ms every {times_ms[1]:g} ms; "
+                "both must be above zero and finite"
             )
         self.first_span = 0 if config.centred else self.frame_length
         self.dim = config.dim

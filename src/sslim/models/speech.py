@@ -229,8 +229,9 @@ class SpeechModel(nn.Module):
             need_weights: Whether to return attention weights.
 
         Raises:
-            ValueError: The features have another width than the model takes.
+            ValueError: The features have another width than the model takes, or are not float.
         """
+        features_BTF = in_single_precision(self, features_BTF)
         if features_BTF.dim() != 3 or features_BTF.shape[-1] != self.config.projection.feature_dim:
             raise ValueError(
                 f"features have shape {tuple(features_BTF.shape)}; "
@@ -281,8 +282,9 @@ class SpeechModel(nn.Module):
             need_weights: Whether to return attention weights.
 
         Raises:
-            ValueError: The model has no front-end, or its front-end lacks its statistics.
+            ValueError: The model has no front-end, or its front-end lacks its statistics, or the waveforms are not float.
         """
+        waveform_BS = in_single_precision(self, waveform_BS)
         if self.frontend is None:
             raise ValueError(f"this {self.config.family} model takes features, not waveforms: use encode_features")
         if waveform_BS.dim() != 2:
@@ -296,6 +298,19 @@ class SpeechModel(nn.Module):
             return encode_in_groups(partial(self.encode, keep_layers=keep_layers), waveform_BS, lengths_B, num_frames)
         features = self.frontend(waveform_BS, lengths_B)
         return self.encode_features(features.values, features.lengths, keep_layers=keep_layers, need_weights=need_weights)
+
+
+def in_single_precision(model: nn.Module, values: Tensor) -> Tensor:
+    """Returns float64 values (NumPy's default) as float32, unless the model itself is in float64; others as they are.
+
+    Raises:
+        ValueError: They are whole numbers, such as 16-bit samples.
+    """
+    if not values.is_floating_point():
+        raise ValueError(f"the input is {values.dtype}; expected float (waveforms in [-1, 1])")
+    if values.dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
+        return values.float()
+    return values
 
 
 def build_model(config: ModelConfig, generator: torch.Generator | None = None) -> SpeechModel:

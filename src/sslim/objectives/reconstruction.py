@@ -185,7 +185,7 @@ class Reconstruction(nn.Module):
         )
         inputs = altered_features(features, alteration)
         if self.model.config.frontend is None:  # the model stacks for itself
-            values = inputs.values.reshape(len(inputs.values), num_frames * self.stack, -1)
+            values = inputs.values.reshape(len(inputs.values), num_frames * self.stack, num_features // self.stack)
             inputs = Padded(values=values, lengths=inputs.lengths * self.stack)
         hides = self.config.alteration.hides_something
         time_BT = alteration.time_BT if hides else torch.ones_like(alteration.time_BT)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sslim.data.text_files import read_lines
+
 TRAIN_LIST, TEST_LIST = "train_split.txt", "test_split.txt"
 TRAIN_SHARE = 0.9
 TEST_SHARE = 0.2
@@ -44,9 +46,9 @@ def read_list(path: Path) -> list[str]:
         ValueError: It cannot be read, is empty, or has a name twice.
     """
     try:
-        names = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the list {path} cannot be read ({error})") from error
+        names = " ".join(read_lines(path)).split()
+    except ValueError as error:
+        raise ValueError(f"the list {error}") from error
     if not names:
         raise ValueError(f"the list {path} is empty; it should have the name of an utterance on each line")
     if len(set(names)) < len(names):

@@ -127,7 +127,7 @@ def make_restoration(
         altered_TF=apart(altered.reshape(len(prepared.target_BTO[0]), -1)),
         restored_TO=apart(running.restore(prepared.inputs)[0].float()),
         covered_T=apart(covered_T[:, None].expand(-1, stack))[:, 0],
-        channels_O=prepared.channels_BO[0].reshape(stack, -1)[0].numpy(),
+        channels_O=prepared.channels_BO[0].reshape(stack, -1).all(0).numpy(),  # in every frame of a stack
     )
 
 

@@ -44,9 +44,11 @@ class Restoration:
     channels_O: np.ndarray
 
     def __post_init__(self) -> None:
+        for name in ("original_TO", "altered_TF"):
+            if getattr(self, name).ndim != 2 or not getattr(self, name).size:
+                shape = getattr(self, name).shape
+                raise ValueError(f"the restoration's {name} has shape {shape}; expected (frames, features)")
         num_frames = len(self.original_TO)
-        if self.original_TO.ndim != 2 or not num_frames:
-            raise ValueError(f"the restoration's features have shape {self.original_TO.shape}; expected (frames, features)")
         expected = {
             "restored_TO": self.original_TO.shape,
             "altered_TF": (num_frames, *self.altered_TF.shape[1:2]),
@@ -73,6 +75,8 @@ def load_restoration(run: Path) -> Restoration | None:
     Raises:
         ValueError: It cannot be read, or its parts do not fit each other.
     """
+    import torch
+
     if not (run / TENSORS).is_file() or not (run / NAMES).is_file():
         return None
     tensors, names = load_tensors(run / TENSORS), read_json(run / NAMES)
@@ -80,8 +84,15 @@ def load_restoration(run: Path) -> Restoration | None:
     missing += [key for key in ("id", "frame_shift_s") if not isinstance(names, dict) or key not in names]
     if missing:
         raise ValueError(f"{run / TENSORS} and {NAMES} lack {missing[0]!r}")
+    shift_s = names["frame_shift_s"]
+    if not isinstance(shift_s, int | float) or not 0 < shift_s < float("inf"):
+        raise ValueError(f"{run / NAMES} has the frame_shift_s {shift_s!r}; expected seconds above 0")
+    kinds = {name: torch.bool if name in ("covered_T", "channels_O") else torch.float32 for name in ARRAYS}
+    for name, kind in kinds.items():
+        if tensors[name].dtype != kind:
+            raise ValueError(f"{run / TENSORS} holds {name} as {tensors[name].dtype}; expected {kind}")
     arrays = {name: tensors[name].numpy() for name in ARRAYS}
-    return Restoration(id=str(names["id"]), frame_shift_s=float(names["frame_shift_s"]), **arrays)
+    return Restoration(id=str(names["id"]), frame_shift_s=float(shift_s), **arrays)
 
 
 def restoration_section(shown: Restoration, *, name: str) -> Markup:

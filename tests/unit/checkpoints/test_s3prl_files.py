@@ -243,6 +243,7 @@ def test_kaldi_features(changes, width, expected, tmp_path):
         ({**ONLINE, "eps": 1e-6}, "'eps'"),
         ({"feat_type": "fbank"}, "no input"),
         ({**KALDI, "kaldi": {"feat_type": "spectrogram", "spectrogram": {}}}, "'spectrogram'"),
+        ({**KALDI, "kaldi": {**KALDI["kaldi"], "feat_type": ["fbank"]}}, "fbank"),
         ({**KALDI, "kaldi": {"fbank": {"use_energy": True}}}, "use_energy True"),
         ({**KALDI, "kaldi": {"fbank": {"dither": 1.0}}}, "dither 1.0"),
         ({**KALDI, "kaldi": {"fbank": {"vtln_warp": 1.1}}}, "'vtln_warp'"),
@@ -262,6 +263,19 @@ def test_features_that_sslim_does_not_compute_come_from_outside(audio, named, tm
         (lambda: later(81, audio=ONLINE), "its settings audio make 80 features, its tensors take 81"),
         (lambda: later(80, audio={**ONLINE, "n_freq": 101}), "its settings audio describe no front-end"),
         (lambda: later(80, audio={**ONLINE, "hop_ms": "ten"}), "its setting hop_ms is 'ten'"),
+        (
+            lambda: later(80, audio={**ONLINE, "win_ms": 1e9}),
+            "its setting win_ms is 1000000000.0, expected a number from 0 to 1000",
+        ),
+        (lambda: later(80, audio={**ONLINE, "n_freq": 10**6}), "its setting n_freq is 1000000"),
+        (
+            lambda: later(80, audio={**KALDI, "kaldi": {"fbank": {"frame_length": 1e12}}}),
+            r"its setting frame_length is 1000000000000.0, expected a number from 0 to 1000",
+        ),
+        (
+            lambda: later(80, audio={**KALDI, "kaldi": {"fbank": {"num_mel_bins": 10**6}}}),
+            "its setting num_mel_bins is 1000000",
+        ),
         (lambda: v01(41, downsample_rate=2), "no multiple of downsample_rate 2"),
         (lambda: v01(40, input_dim=80), "input_dim 80 and downsample_rate 1 make 80 features, its tensors take 40"),
         (lambda: v01(40, hidden_size=32), "hidden_size is 32, its tensors say 16"),

@@ -113,5 +113,8 @@ def test_the_energy_of_the_spectrogram_has_torchaudios_floor() -> None:
 def test_stored_features_of_no_width_are_refused() -> None:
     with pytest.raises(ValueError, match="x features are 0 wide"):
         build_frontend(SpectralFrontendConfig(features=StoredFeaturesConfig(name="x", dim=0, frame_shift_ms=10.0)))
-    with pytest.raises(ValueError, match="both must be above zero"):
+    with pytest.raises(ValueError, match="both must be above zero and finite"):
         build_frontend(SpectralFrontendConfig(features=StoredFeaturesConfig(name="x", dim=1, frame_shift_ms=0.0)))
+    for shift_ms in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="both must be above zero and finite"):
+            build_frontend(SpectralFrontendConfig(features=StoredFeaturesConfig(name="x", dim=1, frame_shift_ms=shift_ms)))

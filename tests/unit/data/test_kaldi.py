@@ -258,6 +258,12 @@ def test_stored_features_of_moved_sets(tmp_path: Path, dim: int, window: str) ->
     assert source.frontend.features.window == window
     assert f"{dim} dimensions" in source.note
     assert "2 stated paths do not exist" in source.note
+    for split in ("dev", "train"):  # whichever of the sets it is
+        kept = (tmp_path / "moved" / split / "feats.scp").read_text()
+        (tmp_path / "moved" / split / "feats.scp").write_text("\n")
+        with pytest.raises(KaldiError, match=f"{split}/feats.scp lists nothing"):
+            kaldi_source(tmp_path / "moved")
+        (tmp_path / "moved" / split / "feats.scp").write_text(kept)
 
 
 def test_wav_is_preferred_unless_features_are_asked_for(tmp_path: Path) -> None:

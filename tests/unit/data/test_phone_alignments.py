@@ -205,6 +205,32 @@ def test_prepare_puts_phones_into_the_manifest(tmp_path: Path, capsys: pytest.Ca
     found = corpus.utterance(1).alignment
     assert found == cpc_segments(expected)
     assert symbols(found, int(corpus.num_frames[1]), 0.025)[: len(expected)] == expected.tolist()
+    assert main(["doctor", str(tmp_path / "c")]) == 0
+    assert "alignments" not in capsys.readouterr().out
     path.write_text("20-1-0000 3 3\n")
     assert main([*command[:2], str(tmp_path / "d"), *command[3:]]) == 2
     assert "aligns none of the 2 utterances" in capsys.readouterr().err
+
+
+def test_alignments_that_do_not_fit_their_sound_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of five files one is malformed, one is of a longer recording and one of a shorter; each utterance stays."""
+    folder, grids = tmp_path / "sound", tmp_path / "aligned"
+    folder.mkdir()
+    grids.mkdir()
+    for i, line in enumerate(("0 1 a", "0 x a", "0 1.5 a", "0 0.4 a", "0 1.04 a")):
+        soundfile.write(folder / f"u{i}.wav", 0.1 * np.random.default_rng(i).standard_normal(16000), 16000)
+        (grids / f"u{i}.txt").write_text(f"{line}\n")
+    assert main(["prepare", str(folder), str(tmp_path / "c"), "--alignments", str(grids)]) == 0
+    told = capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "c")]) == 0
+    for text in (told, capsys.readouterr().out):
+        assert f"1 alignments are malformed and left out: {grids / 'u1.txt'}, line 1: expected start, end and phone" in text
+        assert "1 of 4 alignments end after the sound (are they of these recordings?): u2 is 1.00 s long" in text
+        assert "1 of 4 alignments end before half of the sound (are they of these recordings?): u3 is 1.00 s long" in text
+    corpus = Corpus.open(tmp_path / "c")
+    assert [corpus.utterance(i).alignment is None for i in range(5)] == [False, True, False, False, False]
+    assert main(["prepare", str(folder), str(tmp_path / "d"), "--alignments", str(grids / "u1.TextGrid")]) == 2
+    assert "do not exist" in capsys.readouterr().err
+    (grids / "u1.TextGrid").write_text("")
+    assert main(["prepare", str(folder), str(tmp_path / "d"), "--alignments", str(grids / "u1.TextGrid")]) == 2
+    assert "is the alignment of one utterance; give the folder" in " ".join(capsys.readouterr().err.split())

@@ -318,6 +318,21 @@ def test_what_cannot_be_streamed_is_refused(config: Callable[[], ModelConfig], s
         StreamingEncoder(build_model(config()))
 
 
+def test_float64_is_taken_as_float32() -> None:
+    """NumPy's default type; whole numbers are no waveforms."""
+    model = made(BASE)
+    sound_1S = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = model.encode(sound_1S.float()).final
+    assert torch.equal(model.encode(sound_1S).final, expected)
+    stream = StreamingEncoder(model).open()
+    streamed = torch.cat([stream.push(sound_1S).final, stream.finish().final], 1)
+    torch.testing.assert_close(streamed, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"the input is torch.int16; expected float \(waveforms in \[-1, 1\]\)"):
+        model.encode((sound_1S * 32768).to(torch.int16))
+    doubled = made(BASE).double()
+    assert doubled.encode(sound_1S).final.dtype == torch.float64
+
+
 def test_wrong_use_is_refused() -> None:
     model = made(BASE)
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):

@@ -1,10 +1,14 @@
 """A restoration comes back as it was saved, its figures are in the caption, and parts that do not fit are refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sslim.report import Restoration, build_report, load_restoration, save_restoration
 
@@ -72,4 +76,27 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_restoration(tmp_path, shown)
     (tmp_path / "report_restoration.json").write_text("{}")
     with pytest.raises(ValueError, match="lack 'id'"):
+        load_restoration(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"altered_TF": torch.zeros(60)}, r"altered_TF has shape \(60,\)"),
+        ({"original_TO": torch.tensor(1.0)}, r"original_TO has shape \(\); expected \(frames, features\)"),
+        ({"covered_T": torch.zeros(60)}, "holds covered_T as torch.float32; expected torch.bool"),
+        ({"restored_TO": torch.zeros(60, 12, dtype=torch.bfloat16)}, "holds restored_TO as torch.bfloat16"),
+        ({"frame_shift_s": [0.01]}, r"has the frame_shift_s \[0.01\]; expected seconds above 0"),
+        ({"frame_shift_s": 0}, "has the frame_shift_s 0; expected seconds above 0"),
+    ],
+)
+def test_malformed_files_are_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    save_restoration(tmp_path, restoration())
+    tensors, names = load_file(tmp_path / "report_restoration.safetensors"), {"id": "x", "frame_shift_s": 0.01}
+    save_file(
+        tensors | {key: value for key, value in changes.items() if key in tensors}, tmp_path / "report_restoration.safetensors"
+    )
+    names |= {key: value for key, value in changes.items() if key in names}
+    (tmp_path / "report_restoration.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match=sentence):
         load_restoration(tmp_path)

@@ -28,6 +28,9 @@ KALDI_NUMBERS = {
     "low_freq": "low_freq_hz",
     "high_freq": "high_freq_hz",
 }
+KALDI_TIMES = ("frame_length", "frame_shift")
+# Beyond these a file is corrupt, and its tables would not fit memory.
+MOST_MS, MOST_HZ, MOST_BINS, MOST_MELS = 1000.0, 1e6, 1 << 15, 4096
 KALDI_BOOLEANS = {"remove_dc_offset": "remove_dc", "snip_edges": "snip_edges", "use_power": "power", "use_log_fbank": "log"}
 FBANK_ALONE = ("use_power", "use_log_fbank")  # torchaudio's mfcc has neither
 KALDI_OFF = ("dither", "use_energy", "subtract_mean", "htk_compat", "min_duration")  # known where they do nothing
@@ -69,10 +72,10 @@ def _online(audio: Mapping[str, Any], source: str) -> tuple[SpectralFrontendConf
     level = audio.get("target_level", LEVEL_DB)
     features = StftConfig(
         sample_rate=settings.count("sample_rate", 16000),
-        num_bins=settings.count("n_freq", 201),
-        num_mel_bins=settings.count("n_mels", 40) if kind == "mel" else 0,
-        frame_length_ms=settings.number("win_ms", 25),
-        frame_shift_ms=settings.number("hop_ms", 10),
+        num_bins=settings.count("n_freq", 201, high=MOST_BINS),
+        num_mel_bins=settings.count("n_mels", 40, high=MOST_MELS) if kind == "mel" else 0,
+        frame_length_ms=settings.number("win_ms", 25, high=MOST_MS),
+        frame_shift_ms=settings.number("hop_ms", 10, high=MOST_MS),
         log=logarithm,
         level_db=None if level in (None, "None") else settings.number("target_level", LEVEL_DB, low=-200),
     )
@@ -98,7 +101,7 @@ def _kaldi(audio: Mapping[str, Any], source: str) -> tuple[SpectralFrontendConfi
     if not all(isinstance(part, dict) for part in (kaldi, delta, cmvn)):
         raise UnknownFrontendError("its settings kaldi, delta and cmvn are no dictionaries")
     kind = kaldi.get("feat_type", "fbank")
-    options = kaldi.get(kind)
+    options = kaldi.get(kind) if isinstance(kind, str) else None
     if kind not in ("fbank", "mfcc") or not isinstance(options, dict):
         raise UnknownFrontendError(f"Kaldi's feat_type {short(kind)}")
     _only(delta, ("order", "win_length"))
@@ -137,14 +140,14 @@ def _filterbank(options: Mapping[str, Any], source: str, *, mfcc: bool) -> Filte
             raise UnknownFrontendError(f"{name} {short(options[name])}")
     lowest = {"high_freq": -24000.0}
     values: dict[str, Any] = {
-        native: settings.number(name, 0.0, low=lowest.get(name, 0.0))
+        native: settings.number(name, 0.0, low=lowest.get(name, 0.0), high=MOST_MS if name in KALDI_TIMES else MOST_HZ)
         for name, native in KALDI_NUMBERS.items()
         if name in options
     }
     values |= {native: settings.boolean(name, True) for name, native in booleans.items() if name in options}
     if "window_type" in options:
         values["window"] = settings.choice("window_type", "povey", WINDOWS)
-    return FilterbankConfig(num_mel_bins=settings.count("num_mel_bins", 23), **values)
+    return FilterbankConfig(num_mel_bins=settings.count("num_mel_bins", 23, high=MOST_MELS), **values)
 
 
 def _only(values: Mapping[str, Any], known: tuple[str, ...]) -> None:

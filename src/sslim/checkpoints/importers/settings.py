@@ -43,8 +43,8 @@ class Settings:
             )
         return number
 
-    def count(self, name: str, default: int, *, low: int = 1) -> int:
-        number = self.number(name, default, low=low, high=1 << 20)
+    def count(self, name: str, default: int, *, low: int = 1, high: int = 1 << 20) -> int:
+        number = self.number(name, default, low=low, high=high)
         if number != int(number):
             raise CheckpointError(f"{self.source}: its setting {name} is {number}, expected a whole number")
         return int(number)
