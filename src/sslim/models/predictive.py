@@ -82,7 +82,7 @@ def apc(
         residual: Whether inputs are added to outputs where they are equally wide.
         prenet_dims: Hidden units of a pre-net, which no published model has.
         codes: Codebooks over the last layer.
-        dropout: Between recurrent layers.
+        dropout: On the output of each recurrent layer.
     """
     if frontend is None and feature_dim is None:
         frontend = predictive_frontend()
@@ -92,6 +92,7 @@ def apc(
         residual=residual,
         dropout=dropout,
         prenet_dims=prenet_dims,
+        drop_last=True,
         quantizers=() if codes is None else (*(None,) * (len(dims) - 1), codes),
     )
     return predictive_model("apc" if codes is None else "vq-apc", frontend, encoder, APC_HEAD)

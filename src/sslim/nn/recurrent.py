@@ -27,10 +27,11 @@ class RecurrentEncoderConfig:
         input_dim: Width of the frames that enter.
         dims: Hidden units of each layer.
         residual: Whether a layer's input is added to its output wherever both are equally wide.
-        dropout: On the output of all layers but the last, and inside the pre-net.
+        dropout: On the output of layers before the residual is added, and inside the pre-net.
         prenet_dims: Hidden units of linear layers with ReLU before the first recurrent one; none as a rule.
         quantizers: What quantises each layer's output on its way to the next layer, or of the last one to the heads: one for
             each layer, None for none; empty without any.
+        drop_last: Whether on that of the last layer, too, as in S3PRL's later version; in its first and the authors' not.
     """
 
     kind: Literal["recurrent"] = "recurrent"
@@ -40,6 +41,7 @@ class RecurrentEncoderConfig:
     dropout: float = 0.1
     prenet_dims: tuple[int, ...] = ()
     quantizers: tuple[QuantizerConfig | None, ...] = field(default=(), metadata={OMIT_DEFAULT: True})
+    drop_last: bool = field(default=False, metadata={OMIT_DEFAULT: True})
 
     def __post_init__(self) -> None:
         if not self.dims or min(self.input_dim, *self.dims, *self.prenet_dims) < 1:
@@ -135,7 +137,7 @@ class RecurrentEncoder(nn.Module):
             x_BTD, state = self._run(cast(nn.GRU, layer), given_BTD, None if states is None else states[number])
             if states is not None:
                 states[number] = state
-            if number + 1 < len(self.layers):
+            if number + 1 < len(self.layers) or self.config.drop_last:
                 x_BTD = dropout(x_BTD, self.config.dropout, self.training)
             if self.config.residual and x_BTD.shape[-1] == given_BTD.shape[-1]:
                 x_BTD = x_BTD + given_BTD

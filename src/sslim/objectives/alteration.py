@@ -9,8 +9,9 @@ frames get it too. Only padding is treated otherwise: the reference alters it, a
 shorter than a span, and in v0.1 of all others; here neither happens.
 
 ``mode="exact"`` lets spans and bands reach over both ends, so that every frame is equally likely to be altered and so is every
-channel; the number of spans is rounded up or down at random, so that short utterances take part; noise is decided for each
-utterance by itself; and what is hidden stays zero.
+channel; where spans may not overlap, a frame's probability is within 8 % of the mean, because fewer or more of them fit as the
+first lies later or earlier. The number of spans is rounded up or down at random, so that short utterances take part; noise is
+decided for each utterance by itself; and what is hidden stays zero.
 """
 
 from __future__ import annotations

@@ -78,7 +78,14 @@ class Autoregressive(nn.Module):
         self.model, self.config = model, config
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recomputes block activations in the backward pass instead of keeping them; for Transformers alone."""
+        """Recomputes block activations in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: The encoder is no Transformer.
+        """
+        kind = self.model.config.encoder.kind
+        if enabled and kind != "transformer":
+            raise ValueError(f"gradient checkpointing is for Transformers, and this encoder is {kind}: leave it off")
         self.model.transformer.gradient_checkpointing = enabled
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> PreparedPrediction:

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 
+from sslim.data.corpus_writer import CorpusWriter
 from sslim.data.feature_presets import feature_preset
 from sslim.data.prepare import prepare
 from sslim.data.sources import Source, SourceUtterance
@@ -69,13 +70,30 @@ def test_a_waveform_alone_lacks_its_own_mean() -> None:
         assert output.values[row, :length].std(0).min() > 0.1
 
 
-def test_interrupted_or_not_the_result_is_the_same(tmp_path: Path) -> None:
+def test_interrupted_or_not_the_result_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     utterances = recordings(tmp_path / "audio")
     (tmp_path / "audio/1.wav").write_bytes(b"broken")
+    settings = {"max_bad": 0.3, "commit_period_s": 0.0}
     for name, jobs in (("one", 1), ("three", 3)):
-        prepare(source(utterances), tmp_path / name, preset("fbank80-speaker"), jobs=jobs, max_bad=0.3)
-    for path in (tmp_path / "one" / "features").iterdir():
-        assert path.read_bytes() == (tmp_path / "three" / "features" / path.name).read_bytes()
+        prepare(source(utterances), tmp_path / name, preset("fbank80-speaker"), jobs=jobs, **settings)
+    added = []
+
+    def add(self: CorpusWriter, utterance: SourceUtterance, *arguments: object, **more: object) -> None:
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(utterance.id)
+        original_add(self, utterance, *arguments, **more)
+
+    original_add = CorpusWriter.add
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusWriter, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source(utterances), tmp_path / "interrupted", preset("fbank80-speaker"), **settings)
+    outcome = prepare(source(utterances), tmp_path / "interrupted", preset("fbank80-speaker"), **settings)
+    assert outcome.num_continued == 3  # two that were kept and the broken one between them
+    for name in ("three", "interrupted"):
+        for path in (tmp_path / "one" / "features").iterdir():
+            assert path.read_bytes() == (tmp_path / name / "features" / path.name).read_bytes()
 
 
 def test_speakers_are_needed_for_audio_but_not_for_what_is_stored(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ CONFIGS: dict[str, Callable[[], ModelConfig]] = {
     "10 ms": lambda: frontend(stack=1),
     "stacks of 3, tail dropped": lambda: frontend(stack=3, stack_tail="drop"),
     "deltas": lambda: frontend(deltas=2, stack=1),
+    "deltas over seven frames": lambda: frontend(deltas=2, delta_window=3, stack=1),
+    "deltas over three frames, stacks of 2": lambda: frontend(deltas=2, delta_window=1, stack=2),
     "deltas, stacks of 3": lambda: frontend(deltas=1, stack=3),
     "MFCC, not normalised": lambda: frontend(features=MfccConfig(), normalization=NormalizationConfig()),
     "cepstra": lambda: frontend(cepstra=13),

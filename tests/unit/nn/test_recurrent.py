@@ -94,7 +94,7 @@ def test_padding_and_neighbours_change_nothing():
     assert made(x_BTD[:, :0], torch.zeros(3, dtype=torch.long)).final.shape == (3, 0, 6)
 
 
-def test_dropout_is_on_all_layers_but_the_last():
+def test_dropout_is_on_all_layers_but_the_last_or_on_it_too():
     made, x_BTD = encoder(dims=(8, 8), residual=False).train(), frames()
     torch.manual_seed(0)
     output = made(x_BTD, keep_layers=True)
@@ -102,6 +102,8 @@ def test_dropout_is_on_all_layers_but_the_last():
     assert zeros[0] == 0
     assert 0.4 < zeros[1] < 0.6
     assert zeros[2] == 0
+    dropped = encoder(dims=(8, 8), residual=False, drop_last=True).train()(x_BTD, keep_layers=True).layers
+    assert all(0.4 < float((layer == 0).float().mean()) < 0.6 for layer in dropped[1:])
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_heads_follow_the_features():
 
 
 def test_gradient_checkpointing_is_for_transformers():
-    with pytest.raises(ValueError, match="has a recurrent encoder, and this needs a Transformer"):
+    with pytest.raises(ValueError, match="is for Transformers, and this encoder is recurrent: leave it off"):
         made(small_apc(), AutoregressiveConfig()).set_gradient_checkpointing(True)
 
 

@@ -304,3 +304,11 @@ def test_the_sentinel_sees_a_model_that_has_learnt_nothing() -> None:
     assert "no better (loss 0.800)" in str(sentinel(bad))
     assert sentinel(bad[:2]) is None
     assert sentinel([*bad[:2], {**bad[2], "altered_loss": 0.5}]) is None
+
+
+def test_a_batch_in_which_no_utterance_fills_a_stack_scores_nothing() -> None:
+    objective = objective_of(OUTSIDE)
+    prepared = objective.prepare(feature_batch(6, (2, 1)), torch.Generator().manual_seed(0))
+    assert prepared.lengths_B.tolist() == [0, 0]
+    assert prepared.weights[HEAD] == 0
+    assert prepared.inputs.values.shape[0] == 2

@@ -130,6 +130,7 @@ def _convert_apc(weights: dict[str, Tensor], settings: Settings, audio: Any, not
             dims=dims,
             residual=residual,
             dropout=settings.number("dropout", 0.1, high=1.0),
+            drop_last=True,
             quantizers=() if codes is None else (*(None,) * (count - 1), codes),
         ),
         source,
