@@ -9,6 +9,7 @@ import runpy
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sslim import cli
 from sslim.batch import Padded, valid_mask
 from sslim.checkpoints.exporters import export_s3prl
 from sslim.commands.pretrain import changed, changes_of
+from sslim.commands.probe import check_options, probe_config
 from sslim.config import to_plain
 from sslim.data.audio_sources import SourceOptions, folder_source
 from sslim.data.feature_presets import PRESETS as FEATURES
@@ -121,6 +123,9 @@ def check(words: list[str]) -> Any:
     options = cli.parse_options(verb, module, arguments)
     if verb == "prepare" and options.features is not None:
         feature_preset(options.features)
+    if verb == "probe":
+        check_options(replace(options, save_model=None))  # which looks at the models
+        probe_config(options)
     if verb == "pretrain" and options.recipe in RECIPES:
         changed(RECIPES[options.recipe](), changes_of(options))
     if verb in NAMES:
@@ -162,7 +167,8 @@ def test_spans_of_the_readme_name_verbs_and_options_that_exist():
 
 @pytest.mark.parametrize("text", ["sslim prune x", "sslim compress trim x --output y", "sslim extract m a --outputs f",
                                   "sslim pretrain tera-huge c --output r", "sslim import a", "sslim import a b c",
-                                  "sslim probe tones m --corpus c", "sslim prepare a b --features fbank81",
+                                  "sslim probe tones m --corpus c", "sslim probe label m --corpus c --epochs 3",
+                                  "sslim prepare a b --features fbank81",
                                   "sslim pretrain tera-base c --output r --set objective.alteration.span=3"])  # fmt: skip
 def test_control_wrong_commands_are_noticed(text):
     for wrapped in (f"see `{text}`", f"```bash\n{text}  # comment\n```"):

@@ -113,7 +113,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Probes and prints the table; writes the card where ``output`` says."""
-    _check(options)
+    check_options(options)
     from rich.console import Console
 
     from sslim.data.corpus import Corpus
@@ -136,8 +136,12 @@ def main(options: Options) -> None:
         console.print(f"fine-tuned model: {options.save_model / 'model'}", soft_wrap=True)
 
 
-def _check(options: Options) -> None:
-    """What can be told before anything is loaded."""
+def check_options(options: Options) -> None:
+    """Says what can be told before anything is loaded.
+
+    Raises:
+        ValueError: Options contradict each other, have no effect beside the others, or name what cannot be written.
+    """
     for options_of, meant_for, holds in _conditions(options):
         given = [name for name in options_of if getattr(options, name) != Options.__dataclass_fields__[name].default]
         if given and not holds:

@@ -155,11 +155,12 @@ def pretrain_step(config: DemoConfig) -> Step:
 def probe_step(config: DemoConfig, task: str, about: str) -> Step:
     """Model to result card."""
     card = config.card(task)
+    fewer = ("--max-frames", str(MAX_PROBE_FRAMES)) if task == "phones" else ()
     return Step(
         about=about,
         command=(
             "probe", task, str(config.run / "model"), "--corpus", str(config.corpus), "--output", str(card),
-            "--max-frames", str(MAX_PROBE_FRAMES),
+            *fewer,
         ),
         is_done=card.is_file,
     )  # fmt: skip

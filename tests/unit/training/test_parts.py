@@ -52,6 +52,7 @@ def test_the_rest_of_the_keys_follows_from_the_position():
         position = position.after(4, 10)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where one core is all there is
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_micro_batches_come_in_order(num_workers: int):
     source = ToyBatches(10)
