@@ -19,6 +19,7 @@ import numpy as np
 from sslim.data.ark import KaldiError, read_ark, read_object, read_shape, write_ark_scp
 from sslim.data.sources import Source, SourceUtterance
 from sslim.data.stored_features import StoredAs, recognised, stored_as
+from sslim.data.text_files import ENCODING
 from sslim.frontends.config import FilterbankConfig, NormalizationConfig, SpectralFrontendConfig
 
 __all__ = [
@@ -124,7 +125,7 @@ def read_table(path: str | Path) -> dict[str, str]:
     """
     table: dict[str, str] = {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding=ENCODING) as file:
             for number, line in enumerate(file, 1):
                 parts = line.split(None, 1)
                 if not parts:

@@ -10,6 +10,7 @@ Both become segments in seconds; ``sslim.data.alignment`` then finds the one tha
 
 from __future__ import annotations
 
+import codecs
 import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from sslim.data.textgrids import read_textgrid
 CPC_FILE = "converted_aligned_phones.txt"
 CPC_SHIFT_S, CPC_WINDOW_S = 0.01, 0.025
 NUM_CPC_PHONES = 41
+NUM_TRIED = 20  # alignments, of which one at least must be readable
 UNALIGNED_FILE = "unaligned.txt"
 
 
@@ -136,7 +138,7 @@ def _lines_by_id(path: Path) -> tuple[mmap.mmap, dict[str, tuple[int, int]]]:
     begin = 0
     for line in iter(data.readline, b""):
         end = begin + len(line)
-        key, _, rest = line.lstrip().partition(b" ")
+        key, _, rest = line.removeprefix(codecs.BOM_UTF8 if not begin else b"").lstrip().partition(b" ")
         if key.strip():
             name = key.strip().decode("utf-8", "replace")
             if name in places:
@@ -269,6 +271,20 @@ class _Aligned:
             yield utterance if segments is None else replace(utterance, alignment=segments)
 
 
+def _check_first(alignments: PhoneAlignments, names: list[str]) -> None:
+    """Reads the first few, so that files of another kind end a preparation at once; single malformed ones do not."""
+    error: AlignmentError | None = None
+    for name in names[:NUM_TRIED]:
+        try:
+            alignments.read(name)
+        except AlignmentError as found:
+            error = error or found
+        else:
+            return
+    if error is not None:
+        raise error
+
+
 def with_alignments(source: Source, alignments: PhoneAlignments, name: str) -> Source:
     """Returns a source whose utterances have their alignments; those without one, or with a malformed one, keep what they had.
 
@@ -278,7 +294,7 @@ def with_alignments(source: Source, alignments: PhoneAlignments, name: str) -> S
         name: What to call the alignments in a sentence.
 
     Raises:
-        AlignmentError: Not one utterance has an alignment there, or two have the same.
+        AlignmentError: Not one utterance has an alignment there, two have the same, or the first few are all malformed.
     """
     utterances = list(source.utterances)
     owners: dict[str, str] = {}
@@ -293,6 +309,7 @@ def with_alignments(source: Source, alignments: PhoneAlignments, name: str) -> S
             f"{name} aligns none of the {len(utterances):,} utterances of {source.name}: it has {min(alignments.ids)!r}, for "
             f"example, and the source {example!r}"
         )
-    note = f"{found:,} of {len(utterances):,} utterances have phones of {name}"
+    _check_first(alignments, list(owners))
+    note = f"{found:,} of {len(utterances):,} utterances have an alignment in {name}"
     notes = [source.note, note] if source.note else [note]
     return replace(source, utterances=_Aligned(utterances, alignments), num_utterances=len(utterances), note="; ".join(notes))

@@ -380,7 +380,7 @@ def _try(entries: Sequence[Entry], plan: _Plan) -> None:
     Raises:
         ValueError: A model lacks the layer, its statistics or what it reads, or the features are not those it takes.
     """
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: entry.source is None):  # the models first: their sentences name them
         try:
             representation = with_layers(plan.adapt(entry.represent(0)), plan.config.layer)
             for _ in representation.layers_of(plan.task.indices[:1]):

@@ -199,7 +199,7 @@ def test_prepare_puts_phones_into_the_manifest(tmp_path: Path, capsys: pytest.Ca
     path.write_text(f"19-198-0001 {' '.join(map(str, expected))}\n20-1-0000 3 3\n")
     command = ["prepare", str(tmp_path / "train-clean-100"), str(tmp_path / "c"), "--alignments", str(path)]
     assert main(command) == 0
-    assert "1 of 2 utterances have phones of converted_aligned_phones.txt" in " ".join(capsys.readouterr().out.split())
+    assert "1 of 2 utterances have an alignment in converted_aligned_phones.txt" in " ".join(capsys.readouterr().out.split())
     corpus = Corpus.open(tmp_path / "c")
     assert corpus.utterance(0).alignment is None
     found = corpus.utterance(1).alignment
@@ -234,3 +234,24 @@ def test_alignments_that_do_not_fit_their_sound_are_told(tmp_path: Path, capsys:
     (grids / "u1.TextGrid").write_text("")
     assert main(["prepare", str(folder), str(tmp_path / "d"), "--alignments", str(grids / "u1.TextGrid")]) == 2
     assert "is the alignment of one utterance; give the folder" in " ".join(capsys.readouterr().err.split())
+
+
+def test_files_that_are_no_alignments_at_all_end_a_preparation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, texts = tmp_path / "sound", tmp_path / "texts"
+    folder.mkdir()
+    texts.mkdir()
+    for i in range(3):
+        soundfile.write(folder / f"u{i}.wav", 0.1 * np.random.default_rng(i).standard_normal(8000), 16000)
+        (texts / f"u{i}.txt").write_text("hello world\n")
+    assert main(["prepare", str(folder), str(tmp_path / "c"), "--alignments", str(texts)]) == 2
+    assert "expected start, end and phone, found 'hello world'" in " ".join(capsys.readouterr().err.split())
+    (texts / "u2.txt").write_text("0 0.5 a\n")
+    assert main(["prepare", str(folder), str(tmp_path / "c"), "--alignments", str(texts)]) == 0
+
+
+def test_a_mark_before_the_first_id_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "converted_aligned_phones.txt"
+    path.write_bytes(b"\xef\xbb\xbfa 1 2 3\nb 4\n")
+    alignments = read_phone_alignments(path)
+    assert alignments.ids == {"a", "b"}
+    assert [segment.symbol for segment in alignments.read("a")] == ["1", "2", "3"]
