@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DIGESTS = "digests.json"
+LONGEST_NAME = 255  # bytes that file systems allow
 
 
 class TornFolderError(ValueError):
@@ -42,9 +43,11 @@ def check_file_target(path: Path) -> None:
     Raises:
         ValueError: ``path`` is a folder, or its folder neither exists nor can be made.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder; give the name of a file")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise ValueError(f"{path} cannot be written: a name in it is longer than {LONGEST_NAME} bytes")
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))  # a link to nowhere is in the way
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{path} cannot be written: {above} is {'not writable' if above.is_dir() else 'no folder'}")
 

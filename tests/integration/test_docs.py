@@ -9,7 +9,6 @@ import runpy
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from sslim import cli
 from sslim.batch import Padded, valid_mask
 from sslim.checkpoints.exporters import export_s3prl
 from sslim.commands.pretrain import changed, changes_of
-from sslim.commands.probe import check_options, probe_config
+from sslim.commands.probe import check_conditions, probe_config
 from sslim.config import to_plain
 from sslim.data.audio_sources import SourceOptions, folder_source
 from sslim.data.feature_presets import PRESETS as FEATURES
@@ -124,7 +123,7 @@ def check(words: list[str]) -> Any:
     if verb == "prepare" and options.features is not None:
         feature_preset(options.features)
     if verb == "probe":
-        check_options(replace(options, save_model=None))  # which looks at the models
+        check_conditions(options)
         probe_config(options)
     if verb == "pretrain" and options.recipe in RECIPES:
         changed(RECIPES[options.recipe](), changes_of(options))
@@ -167,7 +166,7 @@ def test_spans_of_the_readme_name_verbs_and_options_that_exist():
 
 @pytest.mark.parametrize("text", ["sslim prune x", "sslim compress trim x --output y", "sslim extract m a --outputs f",
                                   "sslim pretrain tera-huge c --output r", "sslim import a", "sslim import a b c",
-                                  "sslim probe tones m --corpus c", "sslim probe label m --corpus c --epochs 3",
+                                  "sslim probe tones m --corpus c", "sslim probe label m --corpus c --epochs 3", "sslim probe label m --corpus c --save-model x",
                                   "sslim prepare a b --features fbank81",
                                   "sslim pretrain tera-base c --output r --set objective.alteration.span=3"])  # fmt: skip
 def test_control_wrong_commands_are_noticed(text):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -142,12 +142,7 @@ def check_options(options: Options) -> None:
     Raises:
         ValueError: Options contradict each other, have no effect beside the others, or name what cannot be written.
     """
-    for options_of, meant_for, holds in _conditions(options):
-        given = [name for name in options_of if getattr(options, name) != Options.__dataclass_fields__[name].default]
-        if given and not holds:
-            value = getattr(options, given[0])
-            shown = "" if isinstance(value, bool) else f" {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-            raise ValueError(f"--{given[0].replace('_', '-')}{shown} is for {meant_for}")
+    check_conditions(options)
     if options.weighted_sum and options.layer not in (None, "mix", "mean"):
         raise ValueError(f"--weighted-sum takes all layers, and --layer {options.layer} asks for others: give one of the two")
     if options.hidden_dim is not None and options.hidden_dim < 1:
@@ -162,21 +157,37 @@ def check_options(options: Options) -> None:
         _check_save_model(options.save_model, options.models)
 
 
+def check_conditions(options: Options) -> None:
+    """Looks for options that were given and have no effect beside the others.
+
+    Raises:
+        ValueError: There is one; the sentence says what it is for.
+    """
+    defaults = {field.name: field.default for field in fields(options)}
+    for names, meant_for, holds in _conditions(options):
+        for name in names:
+            value = getattr(options, name)
+            if not holds and value != defaults[name]:
+                words = "" if isinstance(value, bool) else " ".join(map(str, value if isinstance(value, tuple) else (value,)))
+                raise ValueError(f"{f'--{name} {words}'.replace('_', '-').rstrip()} is for {meant_for}")
+
+
 def _conditions(options: Options) -> list[tuple[tuple[str, ...], str, bool]]:
     """Options that have an effect only beside others, what that is in words, and whether it is so here."""
     tuned = ("model_learning_rates", "head_learning_rate", "warmup_share", "epochs", "patience", "train_batch_seconds")
     of_frames = options.task in FRAME_TASKS
     like_s3prl = options.protocol == S3PRL
-    drawn = options.folds is None and options.split in (None, "auto", "random") and options.split_lists is None
+    drawn = options.folds is None and _split_source(options) in ("auto", "random")
     models = len(options.models)
     return [
         ((*tuned, "train_frontend"), "--fine-tune", options.fine_tune),
         (("save_model",), f"--fine-tune with one model, not {models}", options.fine_tune and models == 1),
-        (("fine_tune", "statistics", "bf16"), "a model, and none is named", models > 0),
+        (("fine_tune", "statistics", "device", "bf16", "layer", "weighted_sum"), "a model, and none is named", models > 0),
         (("steps", "phone_labels"), f"--protocol {S3PRL}", like_s3prl),
         (("phone_labels",), f"the task phones, not {options.task}", options.task == "phones"),
         (("hidden_dim",), f"--classifier mlp, not {options.classifier}", options.classifier == "mlp"),
         (("num_folds",), "--folds", options.folds is not None),
+        (("split",), "one train, dev and test part; --folds makes its own", options.folds is None),
         (("speaker_disjoint",), "parts that are drawn at random: without --folds, with --split auto or random", drawn),
         (("max_frames",), f"frames, and the task {options.task} has none", of_frames),
         (("pooling",), f"utterances, and the task {options.task} classifies frames", not of_frames),
@@ -234,13 +245,17 @@ def probe_config(options: Options) -> ProbeConfig:
     )
 
 
+def _split_source(options: Options) -> str:
+    like_cpc = options.split_lists is not None or (options.protocol == S3PRL and options.folds is None)
+    return options.split or ("cpc" if like_cpc else "auto")
+
+
 def _split(options: Options) -> SplitConfig:
     from sslim.probes import SplitConfig
 
-    like_cpc = options.split_lists is not None or (options.protocol == S3PRL and options.folds is None)
-    source = options.split or ("cpc" if like_cpc else "auto")
+    source = _split_source(options)
     return SplitConfig(
-        source=source,
+        source=source,  # type: ignore[arg-type]
         folds=options.folds,
         num_folds=options.num_folds,
         speaker_disjoint=options.speaker_disjoint,
@@ -258,6 +273,8 @@ def _named(path: Path, options: Options) -> NamedModel:
     check_device(options.device)
     place = model_path(path)
     model = load_model(place, statistics=options.statistics).to(options.device)
+    if options.train_frontend and not list(model.frontend.parameters() if model.frontend else ()):
+        raise ValueError(f"--train-frontend is for a learnt front-end, and {path} has none: its features have no parameters")
     return NamedModel(name=model_name(place), model=model, path=str(place), digest=tensors_digest(place))
 
 

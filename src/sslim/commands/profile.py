@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tyro
 
+from sslim.storage import check_file_target
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -64,6 +66,8 @@ def main(options: Options) -> None:
         check_macs=options.check_macs,
         seed=options.seed,
     )
+    if options.output is not None:
+        check_file_target(options.output)
     profile = run_profile(options.models, options.baseline, recipe, say=say)
     printed = Console(highlight=False, markup=False, width=WIDTH)  # in a narrower terminal lines wrap, but no figure is cut
     for conditions in profile.conditions:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ class ParameterCosts:
         channels = sizes["channels"]
         for each, size in zip(self.channels, channels, strict=True):
             total = total + each * size
-        for pair, size, following in zip(self.pairs, channels, channels[1:], strict=False):
+        for pair, (size, following) in zip(self.pairs, pairwise(channels), strict=True):
             total = total + pair * size * following
         return total
 

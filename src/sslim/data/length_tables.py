@@ -48,9 +48,11 @@ def length_table_source(path: str | Path, *, audio_root: Path | None = None) -> 
     stated = [row.features for rows in tables.values() for row in islice(rows, NUM_TRIED)]
     root = next((root for root in roots if any(find_audio(name, root) for name in stated)), None)
     if root is None:
+        below = f"{path} lists audio, for example {stated[0]}, of which nothing lies below {roots[0]}"
         raise LayoutError(
-            f"{path} lists audio, for example {stated[0]}, of which nothing lies below {roots[0]}: give the folder that the "
-            "paths start from with --audio-root"
+            f"{below}: give the folder that the paths start from with --audio-root"
+            if audio_root is None
+            else f"{below}, the --audio-root; of tables of .npy features leave that out"
         )
     utterances = []
     seen: dict[str, Path] = {}

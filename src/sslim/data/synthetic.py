@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,7 @@ def make_corpus(folder: Path, config: SyntheticConfig, *, jobs: int = 2, progres
 
 def _read_shard(folder: Path, num_utterances: int) -> Iterator[SourceUtterance]:
     with (folder / ALIGNMENTS).open(encoding="utf-8") as file:
-        for line, _ in zip(file, range(num_utterances), strict=False):
+        for line in islice(file, num_utterances):
             values = json.loads(line)
             starts: Sequence[tuple[str, int]] = values["phones"]
             ends = [start for _, start in starts[1:]] + [values["num_samples"]]

@@ -146,11 +146,11 @@ class ConvFrontend(nn.Module):
             if min(layer.channels, layer.kernel, layer.stride) < 1 or layer.stride > layer.kernel:
                 raise ValueError(f"convolution {number} has {layer}: all must be positive and the stride at most the kernel")
         self.config = config
-        inputs = (1, *(layer.channels for layer in config.layers))
+        inputs = (1, *(layer.channels for layer in config.layers[:-1]))
         norms = ["layer" if config.norm == "layer" else "group" if index == 0 else None for index in range(len(config.layers))]
         self.layers = nn.ModuleList(
             ConvLayer(channels, layer, bias=config.bias, norm=norm)
-            for channels, layer, norm in zip(inputs, config.layers, norms, strict=False)
+            for channels, layer, norm in zip(inputs, config.layers, norms, strict=True)
         )
         self.feature_dim = config.layers[-1].channels
         self.scale = nn.Parameter(torch.ones(self.feature_dim)) if config.channel_scale else None

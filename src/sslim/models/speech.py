@@ -231,7 +231,7 @@ class SpeechModel(nn.Module):
         Raises:
             ValueError: The features have another width than the model takes, or are not float.
         """
-        features_BTF = in_single_precision(self, features_BTF)
+        features_BTF = in_model_precision(self, features_BTF, "features are")
         if features_BTF.dim() != 3 or features_BTF.shape[-1] != self.config.projection.feature_dim:
             raise ValueError(
                 f"features have shape {tuple(features_BTF.shape)}; "
@@ -284,7 +284,7 @@ class SpeechModel(nn.Module):
         Raises:
             ValueError: The model has no front-end, or its front-end lacks its statistics, or the waveforms are not float.
         """
-        waveform_BS = in_single_precision(self, waveform_BS)
+        waveform_BS = in_model_precision(self, waveform_BS, "waveforms are")
         if self.frontend is None:
             raise ValueError(f"this {self.config.family} model takes features, not waveforms: use encode_features")
         if waveform_BS.dim() != 2:
@@ -300,17 +300,22 @@ class SpeechModel(nn.Module):
         return self.encode_features(features.values, features.lengths, keep_layers=keep_layers, need_weights=need_weights)
 
 
-def in_single_precision(model: nn.Module, values: Tensor) -> Tensor:
-    """Returns float64 values (NumPy's default) as float32, unless the model itself is in float64; others as they are.
+def in_model_precision(model: nn.Module, values: Tensor, name: str) -> Tensor:
+    """Returns values of any float type in that of a model in float32 or float64; for a model in half precision as they are.
+
+    Args:
+        model: Whose first parameter decides.
+        values: For example float64, as NumPy makes it.
+        name: What they are, with its verb, for the sentence.
 
     Raises:
-        ValueError: They are whole numbers, such as 16-bit samples.
+        ValueError: They are no tensor or whole numbers, such as 16-bit samples.
     """
-    if not values.is_floating_point():
-        raise ValueError(f"the input is {values.dtype}; expected float (waveforms in [-1, 1])")
-    if values.dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
-        return values.float()
-    return values
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        found = str(values.dtype) if isinstance(values, Tensor) else f"a {type(values).__name__}, not a tensor"
+        raise ValueError(f"the {name} {found}; expected a float tensor")
+    precision = next(model.parameters()).dtype
+    return values.to(precision) if precision in (torch.float32, torch.float64) else values
 
 
 def build_model(config: ModelConfig, generator: torch.Generator | None = None) -> SpeechModel:

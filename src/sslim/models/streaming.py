@@ -25,7 +25,7 @@ from sslim.batch import EncoderOutput
 from sslim.frontends.streaming import FeatureStream, frame_samples
 from sslim.models.causality import require_causal
 from sslim.models.encoding import Inputs
-from sslim.models.speech import SpeechModel, in_single_precision
+from sslim.models.speech import SpeechModel, in_model_precision
 from sslim.nn.streaming import EncoderStreams
 
 MAX_FRAMES = 256  # encoded at a time: an hour that is pushed at once needs no mask of its square
@@ -169,7 +169,7 @@ class Stream:
             expected = f"({self.batch}, samples)" + (" or (samples,)" if self.batch == 1 else "")
             raise ValueError(f"samples are {samples.dtype} of shape {tuple(samples.shape)}; expected float of shape {expected}")
         model = self.streaming.model
-        return in_single_precision(model, samples_BS).to(next(model.parameters()).device)
+        return in_model_precision(model, samples_BS, "samples are").to(next(model.parameters()).device)
 
     def _encode(self, features_BTF: Tensor) -> EncoderOutput:
         if not features_BTF.shape[1]:

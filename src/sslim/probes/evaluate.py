@@ -240,7 +240,6 @@ def _random_entries(corpus: Corpus, models: Sequence[NamedModel], config: ProbeC
 
 def store(representation: Representation, corpus: Corpus, task: Task, config: ProbeConfig) -> Stored:
     """Computes the features of the task's utterances and lays their classes beside them."""
-    num_frames_U = np.asarray(representation.num_frames(task.indices), dtype=np.int64)
     if task.unit == "utterance":
         assert task.classes_N is not None
         x_LNP = pooled_features(representation, corpus, task.indices, config.pooling)
@@ -255,9 +254,14 @@ def store(representation: Representation, corpus: Corpus, task: Task, config: Pr
     if config.shuffle_labels:
         y_N = y_N.copy()
         y_N[known_N] = np.random.default_rng(config.split.seed).permutation(y_N[known_N])
-    context = config.context if task.unit == "frame" else 0
-    examples: dict[str, Any] = {"x_LNP": x_LNP, "y_N": torch.from_numpy(y_N), "offsets": offsets, "known_N": known_N}
-    return Stored(**examples, context=context, num_frames_U=num_frames_U)
+    return Stored(
+        x_LNP=x_LNP,
+        y_N=torch.from_numpy(y_N),
+        offsets=offsets,
+        known_N=known_N,
+        num_frames_U=np.asarray(representation.num_frames(task.indices), dtype=np.int64),
+        context=config.context if task.unit == "frame" else 0,
+    )
 
 
 def run_protocol(

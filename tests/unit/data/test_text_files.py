@@ -9,7 +9,7 @@ import soundfile
 from sslim.cli import main
 from sslim.data.audio_sources import SourceOptions
 from sslim.data.corpus import Corpus
-from sslim.data.prepare import detect_source
+from sslim.data.prepare import detect_source, load_source
 from sslim.data.text_files import open_table, read_lines
 
 LATIN = "Müller".encode("latin-1")
@@ -71,3 +71,7 @@ def test_a_table_of_lengths_in_any_folder_is_known_by_its_root(chapter: Path, tm
     )
     assert main(["prepare", str(table.parent), str(tmp_path / "c"), "--audio-root", str(tmp_path)]) == 0
     assert Corpus.open(tmp_path / "c").ids() == ["19-198-0000", "19-198-0001"]
+    with pytest.raises(
+        ValueError, match=r"nothing lies below .*/lists, the --audio-root; of tables of .npy features leave that"
+    ):
+        load_source(table.parent, "len-for-bucket", SourceOptions(audio_root=table.parent))

@@ -320,8 +320,8 @@ def test_what_cannot_be_streamed_is_refused(config: Callable[[], ModelConfig], s
         StreamingEncoder(build_model(config()))
 
 
-def test_float64_is_taken_as_float32() -> None:
-    """NumPy's default type; whole numbers are no waveforms."""
+def test_any_float_type_is_taken_in_the_models_own() -> None:
+    """NumPy makes float64; whole numbers are no waveforms."""
     model = made(BASE)
     sound_1S = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = model.encode(sound_1S.float()).final
@@ -329,7 +329,14 @@ def test_float64_is_taken_as_float32() -> None:
     stream = StreamingEncoder(model).open()
     streamed = torch.cat([stream.push(sound_1S).final, stream.finish().final], 1)
     torch.testing.assert_close(streamed, expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"the input is torch.int16; expected float \(waveforms in \[-1, 1\]\)"):
+    with pytest.raises(ValueError, match="the waveforms are a ndarray, not a tensor; expected a float tensor"):
+        model.encode(sound_1S.numpy())  # type: ignore[arg-type]
+    features_BTF = torch.randn(1, 9, model.config.projection.feature_dim)
+    wanted = model.encode_features(features_BTF.half().float()).final
+    assert torch.equal(model.encode_features(features_BTF.half()).final, wanted)
+    with pytest.raises(ValueError, match=r"the features are torch.int64; expected a float tensor"):
+        model.encode_features(features_BTF.long())
+    with pytest.raises(ValueError, match=r"the waveforms are torch.int16; expected a float tensor"):
         model.encode((sound_1S * 32768).to(torch.int16))
     doubled = made(BASE).double()
     assert doubled.encode(sound_1S).final.dtype == torch.float64

@@ -67,7 +67,7 @@ def test_the_verb_writes_a_card(corpus, model, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["phones"], "has an alignment"),
-        (["label", "--layer", "x"], "accepted are 'mix', 'all', 'last', 'mean' or a number"),
+        (["label", "x", "--layer", "x"], "accepted are 'mix', 'all', 'last', 'mean' or a number"),
         (["label", "--seeds", "0"], "at least 1"),
         (["label", "--column", "colour"], "its columns are speaker, label, text, split"),
         (["label", "--column", "text"], "needs at least two classes and has none"),
@@ -77,10 +77,10 @@ def test_the_verb_writes_a_card(corpus, model, tmp_path, capsys):
         (["label", "--hidden-dim", "5"], "--hidden-dim 5 is for --classifier mlp"),
         (["label", "--classifier", "mlp", "--hidden-dim", "0"], "--hidden-dim is 0; expected 1 or more"),
         (["label", "--save-model", "x"], "is for --fine-tune with one model, not 0"),
-        (["label", "--weighted-sum", "--layer", "1"], "--layer 1 asks for others"),
+        (["label", "x", "--weighted-sum", "--layer", "1"], "--layer 1 asks for others"),
         (["label", "--split", "random", "--split-lists", "x"], "'random' was asked for"),
         (["label", "--split-lists", "nowhere"], "the list nowhere/train_split.txt cannot be read"),
-        (["label", "--protocol", "s3prl-v0.1", "--layer", "mix"], "never trained its weighted sum"),
+        (["label", "x", "--protocol", "s3prl-v0.1", "--layer", "mix"], "never trained its weighted sum"),
         (["label", "x", "--protocol", "s3prl-v0.1", "--fine-tune"], "fine-tune without its protocol"),
         (["label", "x", "--fine-tune", "--folds", "speaker"], "needs a train, a dev and a test part"),
         (["speaker-frames", "--column", "label"], "takes its classes from speakers"),
@@ -96,6 +96,11 @@ def test_the_verb_writes_a_card(corpus, model, tmp_path, capsys):
         (["label", "--folds", "speaker", "--num-folds", "1"], "1 folds are too few"),
         (["label", "--folds", "speaker", "--speaker-disjoint"], "parts that are drawn at random"),
         (["label", "--split", "manifest", "--speaker-disjoint"], "parts that are drawn at random"),
+        (["label", "--protocol", "s3prl-v0.1", "--speaker-disjoint"], "parts that are drawn at random"),
+        (["label", "--folds", "speaker", "--split", "random"], "--split random is for one train, dev and test part"),
+        (["label", "--layer", "3"], "--layer 3 is for a model, and none is named"),
+        (["label", "--device", "nonsense"], "--device nonsense is for a model, and none is named"),
+        (["label", "--output", f"{'x' * 300}.json"], "a name in it is longer than 255 bytes"),
         (["label", "--max-frames", "50"], "is for frames, and the task label has none"),
         (["speaker-frames", "--max-frames", "-5"], "--max-frames is -5"),
         (["speaker-frames", "--pooling", "mean"], "is for utterances, and the task speaker-frames classifies frames"),
@@ -111,6 +116,12 @@ def test_mistakes_are_one_sentence(arguments, sentence, corpus, capsys):
     error = capsys.readouterr().err
     assert sentence in error.replace("\n", " ")
     assert "Traceback" not in error
+
+
+def test_features_without_parameters_cannot_be_trained(corpus, model, capsys):
+    arguments = ["probe", "label", str(model[1]), "--corpus", str(corpus), "--fine-tune", "--train-frontend"]
+    assert main(arguments) == 2
+    assert "--train-frontend is for a learnt front-end" in " ".join(capsys.readouterr().err.split())
 
 
 def test_fine_tuning_and_s3prl_from_the_command_line(corpus, model, tmp_path, capsys):
