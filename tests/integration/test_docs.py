@@ -166,7 +166,8 @@ def test_spans_of_the_readme_name_verbs_and_options_that_exist():
 
 @pytest.mark.parametrize("text", ["sslim prune x", "sslim compress trim x --output y", "sslim extract m a --outputs f",
                                   "sslim pretrain tera-huge c --output r", "sslim import a", "sslim import a b c",
-                                  "sslim probe tones m --corpus c", "sslim probe label m --corpus c --epochs 3", "sslim probe label m --corpus c --save-model x",
+                                  "sslim probe tones m --corpus c", "sslim probe label m --corpus c --epochs 3",
+                                  "sslim probe label m --corpus c --save-model x",
                                   "sslim prepare a b --features fbank81",
                                   "sslim pretrain tera-base c --output r --set objective.alteration.span=3"])  # fmt: skip
 def test_control_wrong_commands_are_noticed(text):

@@ -102,10 +102,8 @@ def check_alignments(corpus: Corpus) -> Iterator[Problem]:
         elif end_s < utterance.duration_s * LEAST_ALIGNED_SHARE:
             early.append(said)
     if malformed:
-        yield Problem(
-            sentence=f"{len(malformed):,} alignments were malformed and left out (mend them and prepare another folder): {malformed[0]}",
-            fatal=False,
-        )
+        count = f"{len(malformed):,} alignments were malformed and left out (mend them and prepare another folder)"
+        yield Problem(sentence=f"{count}: {malformed[0]}", fatal=False)
     for found, what in ((late, "end after the sound"), (early, "end before half of the sound")):
         if found:
             sentence = f"{len(found):,} of {num_aligned:,} alignments {what} (are they of these recordings?): {found[0]}"
